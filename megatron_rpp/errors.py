@@ -1,0 +1,70 @@
+"""The error family. Every error a user can meet says what, where, expected, got and how to fix it."""
+
+from __future__ import annotations
+
+
+class RppError(Exception):
+    """Base of every error that megatron_rpp raises for a reason a user can act on.
+
+    The command line prints the message without a traceback and exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        expected: object = None,
+        got: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.where, self.expected, self.got, self.fix = what, where, expected, got, fix
+        lines = [what if where is None else f"{where}: {what}"]
+        lines += [f"  {label}: {value}" for label, value in (("expected", expected), ("got", got), ("fix", fix)) if value is not None]
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(RppError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
+
+    exit_code = 2
+
+
+class GeometryError(ConfigError):
+    """Layers, heads, ranks or batch sizes do not divide as the layout needs."""
+
+
+class PatchError(RppError):
+    """A patch is missing, stale, or was written for another source than the one installed."""
+
+    exit_code = 3
+
+
+class DataError(RppError):
+    """A prompt file is missing or holds a row that cannot be used."""
+
+
+class RewardError(RppError):
+    """A reward is unknown or cannot be imported. A verifier that fails at run time is data, not this."""
+
+
+class EngineError(RppError):
+    """The roll-out engine did not start, answered wrongly, or died."""
+
+
+class StaleWeightsError(EngineError):
+    """The engine holds another version of the weights than the one asked for."""
+
+
+class DeadlineError(RppError):
+    """A named wait took longer than its deadline."""
+
+
+class NumericsError(RppError):
+    """A loss, gradient, advantage or statistic is not finite, or train and roll-out disagree."""
+
+
+class CheckpointError(RppError):
+    """A checkpoint or HF directory is missing, incomplete, or does not fit the configuration."""

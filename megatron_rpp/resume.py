@@ -1,0 +1,77 @@
+"""The checkpoint protocol: everything a run needs to continue, written under a temporary name, then renamed once.
+
+    checkpoints/step-000003/policy/      Megatron dist-checkpoint: weights, optimiser, scheduler, RNGs
+    checkpoints/step-000003/state.json   step, prompt cursor, number of metric records
+    checkpoints/.partial-step-000006/    a save that a crash interrupted: ignored, and removed by the next save
+
+A directory under its final name is complete: the rename comes after every rank has finished writing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rpp.errors import CheckpointError
+
+PREFIX = "step-"
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What is not in the policy's checkpoint. step: finished steps; prompts: the stream's cursor."""
+
+    step: int
+    prompts: dict[str, Any]
+    digest: str  # of the settings that the numbers depend on: a resume under others is refused
+
+
+def step_dir(root: Path, step: int) -> Path:
+    return root / f"{PREFIX}{step:06d}"
+
+
+def partial_dir(root: Path, step: int) -> Path:
+    return root / f".partial-{PREFIX}{step:06d}"
+
+
+def complete_steps(root: Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending."""
+    if not root.is_dir():
+        return []
+    return sorted(int(path.name.removeprefix(PREFIX)) for path in root.iterdir() if path.is_dir() and path.name.startswith(PREFIX))
+
+
+def begin_save(root: Path, step: int) -> Path:
+    """An empty directory to write into; what an interrupted save left is removed. Rank 0 only."""
+    for stale in root.glob(f".partial-{PREFIX}*"):
+        shutil.rmtree(stale)
+    target = partial_dir(root, step)
+    target.mkdir(parents=True)
+    return target
+
+
+def commit_save(root: Path, state: RunState, *, keep: int) -> Path:
+    """Write the state, rename, and drop all but the newest `keep` checkpoints. Rank 0 only, after all ranks have written."""
+    partial = partial_dir(root, state.step)
+    (partial / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
+    final = step_dir(root, state.step)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    for step in complete_steps(root)[: -max(keep, 1)]:
+        shutil.rmtree(step_dir(root, step))
+    return final
+
+
+def read_state(path: Path) -> RunState:
+    """Raises: CheckpointError naming the file when it is missing, not JSON, or has other keys."""
+    file = path / "state.json"
+    try:
+        return RunState(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            "the checkpoint's state cannot be read", where=str(file), got=error, fix=f"remove {path} to continue from the one before"
+        ) from None

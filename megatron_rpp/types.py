@@ -1,0 +1,132 @@
+"""The values that travel between the layers.
+
+Shape letters, used as name suffixes everywhere: P prompts, G responses of one prompt, S sequences in this
+data-parallel rank's batch, S1 = S + 1 offsets, T packed tokens (prompt and response tokens of all S sequences, end
+to end, no padding), V vocabulary, V_tp one tensor-parallel shard of it.
+
+`logp_T[t]` is the log-probability of token t given the tokens before it in its own sequence; it is 0 on the first
+token of a sequence and wherever `mask_T` is False. `version` counts finished training steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem, already tokenised.
+
+    uid: stable over runs and files' order (hash of the row's content), the key of groups and of seeds.
+    tokens: prompt token ids after the chat template. text: what the reward function is shown.
+    """
+
+    uid: str
+    tokens: tuple[int, ...]
+    text: str
+    answer: str
+    domain: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One sampled answer. tokens includes the end token when the model wrote it.
+
+    logp_rollout: one float for each token, from the engine, at the sampling temperature.
+    version: the engine's weights when it was sampled. score: None until a reward has looked at it.
+    reward_failed: why the verifier gave no score (timeout, crash); score is then the configured stand-in.
+    """
+
+    prompt_uid: str
+    sample: int
+    tokens: tuple[int, ...]
+    logp_rollout: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason
+    version: int
+    score: float | None = None
+    reward_failed: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.logp_rollout):
+            raise ValueError(f"Response {self.prompt_uid}/{self.sample}: {len(self.tokens)} tokens, {len(self.logp_rollout)} logp_rollout")
+
+    @property
+    def is_truncated(self) -> bool:
+        """True when the engine stopped for length; never inferred from the number of tokens."""
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All responses to one prompt, in order of `sample`."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """The sequences of one data-parallel rank, flat. The same on every tp, cp and pp peer of that rank.
+
+    tokens_T int64; cu_len_S1 int32 offsets; mask_T bool, True on tokens the policy sampled; logp_* float32;
+    score_S float64; group_S int64, equal for responses to one prompt over all ranks; version_S int64; is_truncated_S bool.
+    A batch may be empty (S = 0, T = 0).
+    """
+
+    tokens_T: Tensor
+    cu_len_S1: Tensor
+    mask_T: Tensor
+    logp_rollout_T: Tensor
+    score_S: Tensor
+    group_S: Tensor
+    version_S: Tensor
+    is_truncated_S: Tensor
+    logp_old_T: Tensor | None = None
+    logp_ref_T: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        tokens, sequences = self.tokens_T.numel(), self.score_S.numel()
+        assert self.cu_len_S1.numel() == sequences + 1, (self.cu_len_S1.shape, sequences)
+        assert int(self.cu_len_S1[-1]) == tokens, (self.cu_len_S1, tokens)
+        for name in ("mask_T", "logp_rollout_T", "logp_old_T", "logp_ref_T"):
+            value = getattr(self, name)
+            assert value is None or value.shape == (tokens,), (name, value.shape, tokens)
+        assert self.mask_T.dtype == torch.bool
+
+    @property
+    def num_sequences(self) -> int:
+        return self.score_S.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """All packed tokens, prompts included."""
+        return self.tokens_T.numel()
+
+    def with_logp(self, *, old: Tensor, ref: Tensor | None) -> PackedBatch:
+        """The same batch with the training engine's and the reference's log-probabilities."""
+        return replace(self, logp_old_T=old, logp_ref_T=ref)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """What the optimiser steps of one training step did, reduced over all ranks (equal on each).
+
+    Every float is a token mean over the step unless its name says otherwise. grad_norm is the mean over minibatches
+    before clipping. values: further named diagnostics (clip_frac_low, clip_frac_high, kl_k1, kl_k3, entropy, lr ...).
+    """
+
+    loss: float
+    policy_loss: float
+    kl_loss: float
+    grad_norm: float
+    num_minibatches: int
+    num_tokens: int
+    is_finite: bool
+    values: dict[str, float]

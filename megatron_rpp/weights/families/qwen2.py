@@ -1,0 +1,19 @@
+"""Qwen2 and Qwen2.5, dense (`model_type: qwen2`): Llama with biases on query, key and value, often tied embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_rpp.weights.families import llama
+from megatron_rpp.weights.families.blocks import grouped_qkv
+from megatron_rpp.weights.families.parameter import Dims, Model, Parameter
+
+
+def describe(config: Mapping[str, Any]) -> Model:
+    return llama.decoder(Dims.from_hf(config), layer)
+
+
+def layer(dims: Dims, n: int) -> tuple[Parameter, ...]:
+    bias = grouped_qkv(f"decoder.layers.{n}.self_attention.linear_qkv.bias", f"model.layers.{n}.self_attn", dims, kind="bias")
+    return (*llama.layer(dims, n), bias)

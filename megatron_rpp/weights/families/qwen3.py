@@ -1,0 +1,21 @@
+"""Qwen3, dense (`model_type: qwen3`): Llama with a norm on every query and key head; head_dim need not be hidden / heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_rpp.weights.families import llama
+from megatron_rpp.weights.families.blocks import whole
+from megatron_rpp.weights.families.parameter import Dims, Model, Parameter, refuse
+
+
+def describe(config: Mapping[str, Any]) -> Model:
+    refuse(config, "attention_bias")
+    return llama.decoder(Dims.from_hf(config), layer)
+
+
+def layer(dims: Dims, n: int) -> tuple[Parameter, ...]:
+    te, hf = f"decoder.layers.{n}.self_attention", f"model.layers.{n}.self_attn"
+    norms = tuple(whole(f"{te}.{part}_layernorm.weight", f"{hf}.{part}_norm.weight", dims.head) for part in ("q", "k"))
+    return (*llama.layer(dims, n), *norms)
