@@ -16,126 +16,90 @@ from megatron_rpp.errors import DeadlineError, RppError
 from megatron_rpp.placement import raise_together
 from megatron_rpp.reward.base import RewardInput, Verdict
 from megatron_rpp.reward.pool import RewardPool
-from megatron_rpp.rollout.generate import Rollouts, Sampling
-from megatron_rpp.rollout.ledger import Ledger
+from megatron_rpp.rollout.generate import Rollouts, assemble
+from megatron_rpp.rollout.request import Sampling
 from megatron_rpp.types import Group, Prompt, Response
 
-Progress = Callable[[int, int], None]  # (responses finished, tokens written) on this rank's engine
+Progress = Callable[[int, int, int], None]  # responses finished and asked for over all engines (an estimate), tokens written here
 
 
 @dataclass(frozen=True, slots=True)
 class Collector:
-    """The parts that a roll-out needs, bound once."""
+    """The parts that a roll-out needs, bound once. pool: None on ranks that lead no engine."""
 
     groups: Groups
     rollouts: Rollouts
-    pool: RewardPool | None  # on leaders
+    pool: RewardPool | None
     deadline_s: float
-    score_deadline_s: float
+    verdict_deadline_s: float
 
     def collect(
         self,
         prompts: Sequence[Prompt],
         *,
         step: int,
+        version: int,
+        num_samples: int,
         sampling: Sampling,
-        ledger: Ledger | None = None,
+        name: str | None = None,
         progress: Progress | None = None,
     ) -> tuple[Group, ...]:
         """Sampled and scored groups, one for each prompt and in the order of `prompts`, equal on every rank.
 
-        ledger: where finished responses are appended as they are scored; those already there for this step and
-        version are not sampled again.
-        Raises: EngineError, DeadlineError; on every rank when it happens on one.
+        step: what the seeds depend on. version: of the weights; an engine with others refuses. name: of the ledger's entry.
+        Raises: EngineError, StaleWeightsError, DeadlineError; on every rank when it happens on one.
         """
-        known = self._known(ledger, step)
         error: RppError | None = None
         mine: list[Response] = []
-        if self.rollouts.is_leader:
+        if self.pool is not None:
+            work = _Scoring(self.pool, len(prompts) * num_samples, progress)
             try:
-                mine = self._sample_and_score(prompts, step, sampling, ledger=ledger, known=known, progress=progress)
+                self.rollouts.generate(
+                    prompts,
+                    step=step,
+                    version=version,
+                    samples_per_prompt=num_samples,
+                    sampling=sampling,
+                    name=name,
+                    on_response=work.add,
+                )
+                mine = work.finish(self.verdict_deadline_s)
             except RppError as raised:
                 error = raised
-        raise_together(error, groups=self.groups, what=f"roll-out of step {step}", deadline_s=self.deadline_s)
-        shares = gather_objects(mine, group=self.groups.world_cpu, name=f"gather responses of step {step}", deadline_s=self.deadline_s)
-        return assemble(prompts, [*known.values(), *(response for share in shares for response in share)], sampling.num_samples)
-
-    def _known(self, ledger: Ledger | None, step: int) -> dict[tuple[str, int], Response]:
-        """Rank 0 alone reads the ledger, so that all ranks act on one view of a file system that may lag."""
-        found: dict[tuple[str, int], Response] | None = None
-        if ledger is not None and self.groups.rank == 0:
-            found = ledger.load(step, version=self.rollouts.version)
-        views = gather_objects(found, group=self.groups.world_cpu, name=f"read the ledger of step {step}", deadline_s=self.deadline_s)
-        return views[0] or {}
-
-    def _sample_and_score(
-        self,
-        prompts: Sequence[Prompt],
-        step: int,
-        sampling: Sampling,
-        *,
-        ledger: Ledger | None,
-        known: dict[tuple[str, int], Response],
-        progress: Progress | None,
-    ) -> list[Response]:
-        assert self.pool is not None
-        prompt_of = {prompt.uid: prompt for prompt in prompts}
-        waiting: list[tuple[Response, Future[Verdict]]] = []
-        scored: list[Response] = []
-        tokens = 0
-
-        def settle(*, everything: bool) -> None:
-            """Move scored responses to the ledger as soon as they are scored, so that a kill loses none of them."""
-            still = []
-            for response, verdict in waiting:
-                if everything or verdict.done():
-                    scored.append(_with_verdict(response, verdict, self.score_deadline_s))
-                    if ledger is not None:
-                        ledger.append(step, scored[-1])
-                else:
-                    still.append((response, verdict))
-            waiting[:] = still
-
-        def on_response(response: Response) -> None:
-            nonlocal tokens
-            prompt = prompt_of[response.prompt_uid]
-            asked = RewardInput(prompt=prompt.text, response=response.text, answer=prompt.answer)
-            waiting.append((response, self.pool.submit(asked)))
-            settle(everything=False)
-            tokens += len(response.tokens)
-            if progress is not None:
-                progress(len(scored) + len(waiting), tokens)
-
-        self.rollouts.generate(prompts, step=step, sampling=sampling, skip=known.keys(), on_response=on_response)
-        settle(everything=True)
-        return scored
+        raise_together(error, groups=self.groups, what=f"roll-out {name or step}", deadline_s=self.deadline_s)
+        shares = gather_objects(mine, self.groups.world_cpu, name=f"responses of roll-out {name or step}", deadline_s=self.deadline_s)
+        return assemble(prompts, (response for share in shares for response in share), num_samples)
 
 
-def _with_verdict(response: Response, future: Future[Verdict], deadline_s: float) -> Response:
+class _Scoring:
+    """Responses of one roll-out on their way through the reward workers."""
+
+    def __init__(self, pool: RewardPool, num_asked: int, progress: Progress | None) -> None:
+        self._pool, self._num_asked, self._progress = pool, num_asked, progress
+        self._waiting: list[tuple[Response, Future[Verdict]]] = []
+        self._tokens = 0
+
+    def add(self, prompt: Prompt, response: Response) -> None:
+        """Hand a finished response to the workers; called while others are still being decoded."""
+        verdict = self._pool.submit(RewardInput(prompt=prompt.text, response=response.text, answer=prompt.answer))
+        self._waiting.append((response, verdict))
+        self._tokens += len(response.tokens)
+        if self._progress is not None:
+            self._progress(len(self._waiting), self._num_asked, self._tokens)
+
+    def finish(self, deadline_s: float) -> list[Response]:
+        """All responses with their scores. Raises: DeadlineError when the pool, which bounds every call, does not answer."""
+        return [_with_verdict(response, verdict, deadline_s) for response, verdict in self._waiting]
+
+
+def _with_verdict(response: Response, verdict: Future[Verdict], deadline_s: float) -> Response:
     try:
-        verdict = future.result(timeout=deadline_s)
+        given = verdict.result(timeout=deadline_s)
     except TimeoutError:
         raise DeadlineError(
-            "a reward worker gave no verdict",
+            "the reward pool gave no verdict",
             where=f"scoring {response.prompt_uid}/{response.sample}",
             expected=f"a verdict within {deadline_s:.0f} s",
-            fix="this is a defect of the reward pool: please report it with logs/",
+            fix="raise reward.num_workers if verifiers are slow; their own limit is reward.timeout_s",
         ) from None
-    return replace(response, score=verdict.score, reward_failed=verdict.reward_failed)
-
-
-def assemble(prompts: Sequence[Prompt], responses: Sequence[Response], num_samples: int) -> tuple[Group, ...]:
-    """Groups by prompt uid, samples in order; never by the position in which responses arrived.
-
-    Raises: ValueError when a response is missing, double, or belongs to no prompt: a defect of ours, not of the user.
-    """
-    by_uid: dict[str, dict[int, Response]] = {prompt.uid: {} for prompt in prompts}
-    for response in responses:
-        samples = by_uid.get(response.prompt_uid)
-        if samples is None or response.sample in samples:
-            raise ValueError(f"response {response.prompt_uid}/{response.sample} is double or belongs to no prompt of this step")
-        samples[response.sample] = response
-    for uid, samples in by_uid.items():
-        if sorted(samples) != list(range(num_samples)):
-            raise ValueError(f"prompt {uid}: samples {sorted(samples)}, expected 0..{num_samples - 1}")
-    return tuple(Group(prompt, tuple(by_uid[prompt.uid][i] for i in range(num_samples))) for prompt in prompts)
+    return replace(response, score=given.score, reward_failed=given.reward_failed)

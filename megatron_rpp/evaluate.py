@@ -1,82 +1,40 @@
-"""Accuracy on a fixed set of prompts, through the same engine, verifier and prompt template as training."""
+"""`rpp eval`: the accuracy of an HF directory on a prompt file, by the engine and verifier that training uses."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
-from megatron_rpp.collect import Collector, Progress
-from megatron_rpp.rollout.generate import Sampling
-from megatron_rpp.types import Group, Prompt
+from megatron_rpp.collect import Collector
+from megatron_rpp.config.schema import Config
+from megatron_rpp.data.prompts import load_prompts
+from megatron_rpp.data.template import load_tokenizer
+from megatron_rpp.engines import await_engines, open_engines
+from megatron_rpp.heldout import evaluate
+from megatron_rpp.process import open_process
+from megatron_rpp.rollout.request import Sampling
 
-# Evaluation draws its seeds from a range of steps that training never reaches, so that it shifts no training seed.
-EVAL_STEP = -1
-
-
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    """accuracy: mean score; num_correct counts scores >= 1; response_tokens: mean length; the rest are fractions."""
-
-    accuracy: float
-    num_prompts: int
-    num_correct: int
-    response_tokens: float
-    truncated_frac: float
-    failed_frac: float
-
-    def as_metrics(self) -> dict[str, float]:
-        return {
-            "eval/accuracy": self.accuracy,
-            "eval/num_prompts": float(self.num_prompts),
-            "eval/response_tokens": self.response_tokens,
-            "eval/truncated_frac": self.truncated_frac,
-            "eval/reward_failed_frac": self.failed_frac,
-        }
+VERSION = 0  # of the weights in the directory, which the engine loads by itself
 
 
-def evaluate(
-    collector: Collector,
-    prompts: tuple[Prompt, ...],
-    *,
-    sampling: Sampling,
-    table: Path | None = None,
-    progress: Progress | None = None,
-) -> EvalResult:
-    """Sample every prompt `sampling.num_samples` times and average the scores (avg@k; greedy pass@1 at k = 1).
+def evaluate_model(cfg: Config) -> None:
+    """Sample `cfg.data.eval` with the weights of `cfg.model.hf`, print the accuracy, write answers and a record to run.dir.
 
-    table: on rank 0, every answer is written there as one JSON line, so that two evaluations can be compared.
-    Returns the same result on every rank.
+    Raises: DataError, EngineError, DeadlineError.
     """
-    groups = collector.collect(prompts, step=EVAL_STEP, sampling=sampling, progress=progress)
-    if table is not None and collector.groups.rank == 0:
-        _write_table(groups, table)
-    responses = [response for group in groups for response in group.responses]
-    count = max(len(responses), 1)
-    return EvalResult(
-        accuracy=sum(response.score for response in responses) / count,
-        num_prompts=len(groups),
-        num_correct=sum(response.score >= 1 for response in responses),
-        response_tokens=sum(len(response.tokens) for response in responses) / count,
-        truncated_frac=sum(response.is_truncated for response in responses) / count,
-        failed_frac=sum(response.reward_failed is not None for response in responses) / count,
-    )
-
-
-def _write_table(groups: tuple[Group, ...], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = (
-        {
-            "uid": group.prompt.uid,
-            "prompt": group.prompt.text,
-            "answer": group.prompt.answer,
-            "response": response.text,
-            "score": response.score,
-            "num_tokens": len(response.tokens),
-        }
-        for group in groups
-        for response in group.responses
-    )
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    with open_process(cfg) as process:
+        tokenizer = load_tokenizer(cfg.model.hf)
+        prompts = load_prompts(cfg.data, tokenizer, path=cfg.data.eval).prompts[: cfg.eval.max_prompts]
+        max_tokens = cfg.eval.max_response_tokens or cfg.rollout.max_response_tokens
+        detokenise = partial(tokenizer.decode, skip_special_tokens=True)
+        with open_engines(process, detokenise, max_sequence_tokens=cfg.data.max_prompt_tokens + max_tokens) as sampler:
+            await_engines(process, sampler, version=VERSION)
+            collector = Collector(process.groups, sampler.rollouts, sampler.pool, process.deadline_s, process.deadline_s)
+            result = evaluate(
+                collector,
+                prompts,
+                version=VERSION,
+                sampling=Sampling(max_tokens=max_tokens, temperature=cfg.eval.temperature),
+                table=process.dir.path / "eval" / "model.jsonl",
+                progress=partial(process.log.progress, "evaluation"),
+            )
+        process.log.evaluation(0, result.as_metrics())

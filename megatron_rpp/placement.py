@@ -7,19 +7,21 @@ device has no memory of its own to hand over (CPU), entering a phase only checks
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
-from megatron_rpp.config.schema import Config
 from megatron_rpp.dist.collectives import gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import EngineError, RppError, StaleWeightsError
 from megatron_rpp.mcore.policy import Policy
-from megatron_rpp.rollout.generate import Rollouts
-from megatron_rpp.weights.gather import HfGather
+from megatron_rpp.rollout.engine import Engine
+from megatron_rpp.rollout.memory import Bucket
+from megatron_rpp.weights.gather import iter_hf_tensors
+from megatron_rpp.weights.live import LiveWeights
 
 Phase = Literal["idle", "rollout", "training", "publish"]
+Load = Callable[[Bucket], None]
 
 
 def raise_together(error: RppError | None, *, groups: Groups, what: str, deadline_s: float) -> None:
@@ -27,21 +29,20 @@ def raise_together(error: RppError | None, *, groups: Groups, what: str, deadlin
 
     Raises: the local error where there is one; otherwise EngineError with the first failing rank's message.
     """
-    found = gather_objects(None if error is None else (type(error).__name__, str(error)), group=groups.world_cpu, name=what, deadline_s=deadline_s)
+    found = gather_objects(None if error is None else str(error), groups.world_cpu, name=what, deadline_s=deadline_s)
     if error is not None:
         raise error
     for rank, report in enumerate(found):
         if report is not None:
-            raise EngineError(f"{what} failed on rank {rank}: {report[1]}", fix=f"see logs/rank-{rank}.log in the run directory")
+            raise EngineError(f"{what} failed on rank {rank}: {report}", fix=f"see logs/rank-{rank}.log in the run directory")
 
 
 class Colocated:
-    """Policy and engines on the same devices, in turns."""
+    """Policy and engines on the same devices, in turns. engine: None on ranks that lead no engine; leaders: those that do."""
 
-    def __init__(self, cfg: Config, groups: Groups, policy: Policy, rollouts: Rollouts) -> None:
-        self._deadline_s = cfg.run.deadline_s
-        self._groups, self._policy, self._rollouts = groups, policy, rollouts
-        self._gather = HfGather.open(policy, groups, cfg)
+    def __init__(self, policy: Policy, live: LiveWeights, engine: Engine | None, leaders: tuple[int, ...], *, deadline_s: float) -> None:
+        self._groups, self._deadline_s = live.groups, deadline_s
+        self._policy, self._live, self._engine, self._leaders = policy, live, engine, leaders
         self._phase: Phase = "idle"
         self.version = -1  # what every engine holds; -1 before the first publish
 
@@ -56,7 +57,7 @@ class Colocated:
 
     @contextmanager
     def rollout(self) -> Iterator[None]:
-        """The engine owns the memory: the trainer's gradients are gone and its optimiser state is on the host."""
+        """The engine owns the memory: weights and key-value cache are resident, the trainer sleeps."""
         if self.version < 0:
             raise StaleWeightsError("the engines hold no published weights", fix="call publish(version) before the first roll-out")
         with self._enter("rollout"):
@@ -64,9 +65,9 @@ class Colocated:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The trainer owns the memory: key-value cache and engine weights are released, then the optimiser comes back."""
+        """The trainer owns the memory: the engine's cache and weights go first, then the optimiser comes back."""
         with self._enter("training"):
-            self._on_leaders("release engine memory", self._rollouts.release)
+            self._on_engine("release the engine's memory", lambda engine: engine.release("kv_cache", "weights"))
             self._policy.wake()
             try:
                 yield
@@ -76,27 +77,44 @@ class Colocated:
     def publish(self, *, version: int) -> None:
         """Every engine holds exactly the policy's weights and is stamped `version`, or the run stops on all ranks.
 
-        Order: engine weights back on the device -> begin -> buckets -> end(version) -> key-value cache back. The
-        cache comes last so that weights, staging and cache are never resident together.
+        Order: engine weights back on the device, begin, buckets, end, then the key-value cache: so weights, staging and
+        cache are never resident together more than they must be. An engine whose update was left halfway is dead.
+        Raises: EngineError, DeadlineError.
         """
         with self._enter("publish"):
-            self._on_leaders("begin the weight update", self._rollouts.begin_update)
+            self._on_engine("make room for the new weights", lambda engine: engine.resume("weights"))
             error: RppError | None = None
-            for bucket in self._gather.buckets():  # collective: every rank walks all buckets, whatever fails
-                if error is None and bucket and self._rollouts.is_leader:
-                    error = _attempt(self._rollouts.load, bucket)
-            raise_together(error, groups=self._groups, what="load weights into the engine", deadline_s=self._deadline_s)
-            self._on_leaders("end the weight update", lambda: self._rollouts.end_update(version))
+            try:
+                with ExitStack() as update:
+                    self._send(self._begin(update, version))
+            except RppError as raised:  # agreed already, or this leader's own while it closed the update
+                error = raised
+            raise_together(error, groups=self._groups, what=f"publish version {version}", deadline_s=self._deadline_s)
+            self._on_engine("make room for the key-value cache", lambda engine: engine.resume("kv_cache"))
         self.version = version
 
-    def _on_leaders(self, what: str, call) -> None:
-        error = _attempt(call) if self._rollouts.is_leader else None
+    def _begin(self, update: ExitStack, version: int) -> Load | None:
+        """Open the update session on every leader, or on none. Returns how this rank hands over a bucket."""
+        opened: list[Load] = []
+        self._on_engine("begin the weight update", lambda engine: opened.append(update.enter_context(engine.update(version))))
+        return opened[0] if opened else None
+
+    def _send(self, load: Load | None) -> None:
+        """Every rank walks all buckets, whatever fails on a leader: the exchange is collective."""
+        error: RppError | None = None
+        for bucket in iter_hf_tensors(self._live, self._leaders, deadline_s=self._deadline_s):
+            if load is not None and error is None:
+                error = _attempt(lambda tensors=list(bucket.items()): load(tensors))
+        raise_together(error, groups=self._groups, what="load weights into the engine", deadline_s=self._deadline_s)
+
+    def _on_engine(self, what: str, call: Callable[[Engine], object]) -> None:
+        error = None if self._engine is None else _attempt(lambda: call(self._engine))
         raise_together(error, groups=self._groups, what=what, deadline_s=self._deadline_s)
 
 
-def _attempt(call, *args) -> RppError | None:
+def _attempt(call: Callable[[], object]) -> RppError | None:
     try:
-        call(*args)
+        call()
     except RppError as error:
         return error
     return None

@@ -9,6 +9,7 @@ A directory under its final name is complete: the rename comes after every rank 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -75,3 +76,29 @@ def read_state(path: Path) -> RunState:
         raise CheckpointError(
             "the checkpoint's state cannot be read", where=str(file), got=error, fix=f"remove {path} to continue from the one before"
         ) from None
+
+
+# Settings that a resumed run may change: they move no number of the steps to come.
+FREE_SETTINGS = ("run.dir", "run.steps", "run.deadline_s", "run.resume", "run.device", "parallel", "checkpoint", "eval", "observe", "sft")
+
+
+def settings_digest(settings: dict[str, Any]) -> str:
+    """A short digest of all settings but FREE_SETTINGS; equal digests mean that a resume continues the same experiment.
+
+    settings: the configuration as nested plain values.
+    """
+    kept = {
+        section: {key: value for key, value in values.items() if f"{section}.{key}" not in FREE_SETTINGS}
+        for section, values in settings.items()
+        if section not in FREE_SETTINGS
+    }
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def drop_later(ledger: Path, newest: int) -> None:
+    """Forget the responses of steps after `newest`: they were sampled from weights that will not be there again, to the bit."""
+    for path in ledger.glob("*/step-*"):
+        step = path.name.removeprefix(PREFIX).split(".")[0]
+        if step.isdigit() and int(step) > newest:
+            path.unlink()

@@ -1,9 +1,9 @@
 """Small, versioned, self-proving changes to the libraries megatron_rpp runs on. See README.md for the list.
 
-    import megatron_rpp_patches
-    megatron_rpp_patches.apply("megatron_core")    # before any import of megatron; no-op where CUDA is there
-    ...
-    megatron_rpp_patches.verify("megatron_core")   # after the imports: every patch stands and its probe passes
+import megatron_rpp_patches
+megatron_rpp_patches.apply("megatron_core")    # before any import of megatron; no-op where CUDA is there
+...
+megatron_rpp_patches.verify("megatron_core")   # after the imports: every patch stands and its probe passes
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from megatron_rpp_patches import set_names
 from megatron_rpp_patches._core import all_patches
-from megatron_rpp_patches._record import Patch, fingerprint, installed_version, lock_file, read_lock, version_matches
+from megatron_rpp_patches._record import Patch, installed_version, lock_file, read_lock, version_matches
+from megatron_rpp_patches._source import fingerprint
 
 HEADING = "# Patches\n\nWritten by `python -m megatron_rpp_patches table > patches/README.md`. What the columns mean: `_record.py`.\n"
 LOCK_HEADING = "# Written by `python -m megatron_rpp_patches lock`: sha256, first 12 digits, of each source as reviewed.\n"

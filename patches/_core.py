@@ -1,13 +1,14 @@
 """Applying, undoing, verifying and reporting patches.
 
-`apply` imports nothing of the library: it checks versions and locks, then waits for each target's module. When that
-module has run, and before any importer can bind a name from it, its source is compared with the lock and the slot is
-set. Children started by multiprocessing do the same before their first import.
+`apply` imports nothing of the library: it compares version and source files with the locks, then waits for each target's
+module. When that module has run, and before any importer can bind a name from it, the slot is set. Children started by
+multiprocessing do the same before their first import; they take over what their parent found out about host and files.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import multiprocessing
 import os
 import sys
@@ -28,9 +29,9 @@ class _Entry:
 
     patch: Patch
     reason: str | None  # why it is inactive; None when it is wanted
+    hash: str  # of the locked source; "" when there is none or the patch is inactive
     role: str
     active: bool = False
-    hash: str = ""
     original: Any = None
     replacement: Any = None
     was_own: bool = True  # the owner itself held the name, it was not inherited
@@ -38,9 +39,10 @@ class _Entry:
     def on_import(self, module: ModuleType) -> None:
         """Set the slot. Also called for a reload, which brought the original back."""
         patch = self.patch
-        self.hash = check_source(patch)
         owner, name = slot(patch.target)
         self.original = current(patch.target)
+        if patch.source is None:
+            _check_origin(patch, self.original, module)
         self.was_own = name in vars(owner)
         self.replacement = patch.make(self.original)
         if patch.kind == "wrap":
@@ -53,22 +55,17 @@ class _Entry:
 
     def enable(self) -> None:
         if self.patch.kind == "hook":
-            if self.patch.locked:
-                self.hash = check_source(self.patch)
             self.patch.enable()
             self.active = True
         else:
             WATCHER.watch(self.patch.module, self.on_import)
 
     def disable(self) -> None:
-        if self.reason is not None:
-            return
-        if self.patch.kind == "hook":
+        WATCHER.forget(self.on_import)
+        if self.active and self.patch.kind == "hook":
             self.patch.disable()
-        else:
-            WATCHER.forget(self.on_import)
-            if self.active:
-                self._restore()
+        elif self.active:
+            self._restore()
         self.active = False
 
     def _restore(self) -> None:
@@ -106,6 +103,7 @@ class _Entry:
         }
 
 
+Found = tuple[str | None, str]
 _ENTRIES: dict[str, dict[str, _Entry]] = {}  # set name -> patch id -> entry, in the order applied
 
 
@@ -114,37 +112,44 @@ def patches_of(name: str) -> tuple[Patch, ...]:
     return importlib.import_module(f"megatron_rpp_patches.{name}").PATCHES
 
 
-def apply(name: str, *, role: str | None = None, children: bool = True, reasons: dict[str, str | None] | None = None) -> None:
+def apply(name: str, *, role: str | None = None, children: bool = True, found: dict[str, Found] | None = None) -> None:
     """Arm one set of patches in this process and, with children, in every process multiprocessing starts from it.
 
     Call it before the library is imported. A second call does nothing. role: how the report names this process.
-    reasons: inactive reasons by id, as a parent found them; None asks every patch.
-    Raises: PatchError for a version nobody reviewed, here, or for changed source, here or in the import that meets it.
+    found: what a parent found out, by patch id; None looks for oneself.
+    Raises: PatchError for a version or a source that nobody reviewed.
     """
     if name in _ENTRIES:
         return
     role = role or multiprocessing.current_process().name
     patches = patches_of(name)
-    if reasons is None:
-        reasons = {patch.id: patch.inactive() for patch in patches}
-    entries = {patch.id: _Entry(patch, reasons[patch.id], role) for patch in patches}
-    wanted = [entry for entry in entries.values() if entry.reason is None]
-    for entry in wanted:
-        check_version(entry.patch)
+    if found is None:
+        found = {patch.id: _look(patch) for patch in patches}
+    entries = {patch.id: _Entry(patch, *found[patch.id], role) for patch in patches}
     _ENTRIES[name] = entries
     try:
-        for entry in wanted:
-            entry.enable()
+        for entry in entries.values():
+            if entry.reason is None:
+                entry.enable()
     except BaseException:
         undo(name)
         raise
     if children:
-        Inheritance("megatron_rpp_patches._core:apply_inherited", (name, reasons)).register(f"megatron_rpp_patches.{name}")
+        Inheritance("megatron_rpp_patches._core:apply_inherited", (name, found)).register(f"megatron_rpp_patches.{name}")
 
 
-def apply_inherited(name: str, reasons: dict[str, str | None]) -> None:
-    """`apply` as a child process calls it, with what its parent found out about the host."""
-    apply(name, reasons=reasons)
+def apply_inherited(name: str, found: dict[str, Found]) -> None:
+    """`apply` as a child process calls it, with what its parent found out about host and files."""
+    apply(name, found=found)
+
+
+def _look(patch: Patch) -> Found:
+    """The inactive reason, or None, and the hash of the source, for a patch that is wanted."""
+    reason = patch.inactive()
+    if reason is not None:
+        return reason, ""
+    check_version(patch)
+    return None, check_source(patch)
 
 
 def undo(name: str) -> None:
@@ -181,6 +186,14 @@ def _run_probe(patch: Patch) -> None:
         patch.probe()
     except AssertionError as error:
         raise patch.refuse("the probe fails", expected="the patched behaviour", got=error, fix=f"run {patch.test}") from error
+
+
+def _check_origin(patch: Patch, original: Any, module: ModuleType) -> None:
+    """Refuse a function that somebody else has put there: it is not the one whose source was compared."""
+    code = getattr(inspect.unwrap(getattr(original, "__func__", original)), "__code__", None) if callable(original) else None
+    if code is not None and code.co_filename != module.__file__:
+        fix = "let nothing else set this name before us, or name the module that defines it in `target`"
+        raise patch.refuse("the target was not defined in its module", expected=module.__file__, got=code.co_filename, fix=fix)
 
 
 def _rebind(module: str, old: Any, new: Any) -> None:

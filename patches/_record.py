@@ -1,15 +1,13 @@
-"""What a patch is: a frozen record, the place it changes, and the fingerprint of the source it was reviewed against."""
+"""What a patch is: a frozen record, the place it changes, and the lock that says which source it was reviewed against."""
 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib
 import importlib.metadata
 import inspect
 import operator
 import re
-import textwrap
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rpp.errors import PatchError
+from megatron_rpp_patches._source import fingerprint
 
 Kind = Literal["wrap", "replace", "value", "hook"]
 LOCKS = Path(__file__).parent / "locks"
@@ -33,7 +32,7 @@ class Patch:
     target: "pkg.mod:Class.name", the slot that is set. For kind "hook" it only says what is touched.
     kind: wrap (calls the original), replace (does not), value (a plain object), hook (`enable` and `disable` do it all).
     make: original -> what takes its place; called when the target's module is imported.
-    source: "pkg.mod:name" or "pkg.mod" whose text is locked where the target has no source of its own.
+    source: "pkg.mod:name" or "pkg.mod" whose text is locked, where that is not the target's own.
     inactive: why this process does not need the patch, or None when it does. Asked once, in `apply`.
     probe: a small call that raises AssertionError unless the patched behaviour is there.
     test: "file::name" of the necessity test, the one that is red without the patch.
@@ -119,18 +118,6 @@ def current(path: str) -> Any:
     return inspect.getattr_static(owner, name, MISSING)
 
 
-def fingerprint(path: str) -> str:
-    """First 12 hex digits of the sha256 of the source text of a module, class or function as it stands now."""
-    found = current(path) if ":" in path else importlib.import_module(path)
-    if isinstance(found, (staticmethod, classmethod)):
-        found = found.__func__
-    try:
-        text = inspect.getsource(inspect.unwrap(found) if callable(found) else found)
-    except (TypeError, OSError) as error:
-        raise PatchError("no source to lock", where=path, got=repr(found), fix="name a function, class or module in `source`") from error
-    return hashlib.sha256(textwrap.dedent(text).encode()).hexdigest()[:12]
-
-
 def lock_file(library: str, version: str) -> Path:
     """Where the reviewed fingerprints of one version of a library are kept."""
     return LOCKS / f"{library}-{version}.toml"
@@ -163,7 +150,7 @@ def check_version(patch: Patch) -> None:
 
 
 def check_source(patch: Patch) -> str:
-    """Fingerprint of the locked source, equal to the reviewed one; "" for a hook without one. Raises: PatchError."""
+    """Fingerprint of the locked source, equal to the reviewed one; "" for a hook without one. Imports nothing. Raises: PatchError."""
     if patch.locked is None:
         return ""
     version = installed_version(patch.library)

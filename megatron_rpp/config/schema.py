@@ -54,6 +54,7 @@ class Data:
     eval: Path | None = None
     prompt_key: str = "prompt"
     answer_key: str = "answer"
+    answer_after: str | None = None  # keep what follows the last such marker of the answer, e.g. "####" for GSM8K
     domain_key: str | None = None
     template: Literal["chat", "none"] = "chat"  # none: the text itself is tokenised
     system: str | None = None  # system message put before every prompt

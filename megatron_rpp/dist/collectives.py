@@ -22,32 +22,39 @@ from megatron_rpp.dist.groups import ranks_of
 DEFAULT_DEADLINE_S = 900.0
 
 
-def all_gather(values: Tensor, group: ProcessGroup) -> list[Tensor]:
-    """The tensor of every rank, in rank order. Every rank passes the same shape and dtype."""
-    mine = values.contiguous()
+def all_gather(values: Tensor, group: ProcessGroup, *, name: str = "gather", deadline_s: float = DEFAULT_DEADLINE_S) -> list[Tensor]:
+    """The tensor of every rank, in rank order, on the device it came from. Every rank passes the same shape and dtype.
+
+    Units: deadline_s in seconds.
+    Raises: DeadlineError when a peer does not come.
+    """
+    mine = values.detach().to(_wire_device(values, group)).contiguous()
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, mine, group=group)
-    return gathered
+    with _named_wait(name, deadline_s, group, None) as wait:
+        _finish(dist.all_gather(gathered, mine, group=group, async_op=True), wait)
+    return [part.to(values.device) for part in gathered]
 
 
-def sum_float64(values: Tensor, group: ProcessGroup) -> Tensor:
+def sum_float64(values: Tensor, group: ProcessGroup, *, name: str = "sum", deadline_s: float = DEFAULT_DEADLINE_S) -> Tensor:
     """Sum over the ranks of a group, in float64 and in rank order: the same bits on every rank and in every run.
 
     total = ((v[0] + v[1]) + v[2]) + ...   with v[r] the values of the group's rank r, upcast before the first addition
     Shapes: values [...] any real dtype, the same on each rank -> [...] float64
+    Units: deadline_s in seconds. Raises: DeadlineError when a peer does not come.
     """
-    total, *rest = all_gather(values.detach().to(torch.float64), group)
+    total, *rest = all_gather(values.detach().to(torch.float64), group, name=name, deadline_s=deadline_s)
     for part in rest:
         total = total + part
     return total
 
 
-def sum_int64(values: Tensor, group: ProcessGroup) -> Tensor:
+def sum_int64(values: Tensor, group: ProcessGroup, *, name: str = "sum", deadline_s: float = DEFAULT_DEADLINE_S) -> Tensor:
     """Sum of integers over the ranks of a group; exact as long as the total fits 64 bits, whatever the order.
 
     Shapes: values [...] int64 -> [...] int64
+    Units: deadline_s in seconds. Raises: DeadlineError when a peer does not come.
     """
-    total, *rest = all_gather(values.to(torch.int64), group)
+    total, *rest = all_gather(values.to(torch.int64), group, name=name, deadline_s=deadline_s)
     for part in rest:
         total = total + part
     return total
@@ -123,6 +130,13 @@ def _named_wait(name: str, deadline_s: float, group: ProcessGroup, heartbeat: He
     peers = tuple(rank for rank in ranks if rank != dist.get_rank())
     waiting_for = f"ranks {', '.join(map(str, ranks))} to take part"
     return deadline(name, deadline_s, rank=dist.get_rank(), waiting_for=waiting_for, heartbeat=heartbeat, peers=peers)
+
+
+def _wire_device(values: Tensor, group: ProcessGroup) -> torch.device:
+    """Where the group's backend wants its tensors: nccl takes none of the host, gloo few of a GPU."""
+    if dist.get_backend(group) == dist.Backend.NCCL:
+        return values.device if values.is_cuda else torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _finish(work: Any, wait: Deadline) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch.distributed import DistStoreError, Store
+from torch.distributed import Store
 
 from megatron_rpp.errors import DeadlineError
 
@@ -91,14 +91,14 @@ class Deadline:
             self.check()
             time.sleep(min(every_s, self.remaining_s))
 
-    def error(self) -> DeadlineError:
-        """The error of this wait, built when it is needed: who waited, in which phase, for what, and who was last seen where."""
+    def error(self, *, lost_peer: bool = False) -> DeadlineError:
+        """The error of this wait, built when it is needed: who waited, for what, how long, and who was last seen where."""
         who = "this process" if self.rank is None else f"rank {self.rank}"
-        got = f"nothing after {self.elapsed_s:.1f} s"
+        got = f"{'a connection that broke' if lost_peer else 'nothing'} after {self.elapsed_s:.1f} s"
         if self.heartbeat is not None and self.peers:
             got += f"; last signs of life: {self.heartbeat.describe(self.peers)}"
         return DeadlineError(
-            f"{who} waited longer than {self.limit_s:g} s",
+            f"{who} lost a peer it waited for" if lost_peer else f"{who} waited longer than {self.limit_s:g} s",
             where=f"wait '{self.name}'",
             expected=self.waiting_for,
             got=got,
@@ -131,6 +131,8 @@ def deadline(
     except TimeoutError as error:
         raise wait.error() from error
     except RuntimeError as error:
-        if isinstance(error, DistStoreError) or _TIMED_OUT.search(str(error)) or _PEER_LEFT.search(str(error)):
+        if _TIMED_OUT.search(str(error)):
             raise wait.error() from error
+        if _PEER_LEFT.search(str(error)):
+            raise wait.error(lost_peer=True) from error
         raise

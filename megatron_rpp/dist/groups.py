@@ -9,6 +9,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_rpp.dist.layout import Coords
 
+__all__ = ["Groups", "ProcessGroup", "ranks_of"]
+
 
 @dataclass(frozen=True, slots=True)
 class Groups:

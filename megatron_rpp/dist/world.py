@@ -87,7 +87,7 @@ def _from_torchrun(env: Mapping[str, str]) -> World:
 def _from_slurm(env: Mapping[str, str]) -> World:
     # The interactive step of salloc counts its own single task in SLURM_STEP_NUM_TASKS while SLURM_NTASKS holds the job's.
     size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-    nodes_name = next((name for name in ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST") if env.get(name)), "SLURM_STEP_NODELIST")
+    nodes_name = _first_set(env, "SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST") or "SLURM_STEP_NODELIST"
     missing = [name for name in ("SLURM_PROCID", size_name, "SLURM_LOCALID", nodes_name) if not env.get(name)]
     if missing:
         raise ConfigError(
@@ -112,7 +112,7 @@ def _from_slurm(env: Mapping[str, str]) -> World:
 
 
 def _slurm_local_size(env: Mapping[str, str], size: int, num_nodes: int) -> int:
-    name = next((name for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE") if env.get(name)), None)
+    name = _first_set(env, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
     if name is None:
         if size % num_nodes == 0:
             return size // num_nodes
@@ -124,7 +124,6 @@ def _slurm_local_size(env: Mapping[str, str], size: int, num_nodes: int) -> int:
         )
     per_node = expand_tasks_per_node(env[name], where=name)
     if len(per_node) != num_nodes or sum(per_node) != size:
-        # SLURM_TASKS_PER_NODE is the job's; a step on a part of the job may have no variable of its own.
         raise ConfigError(
             "the Slurm variables contradict one another",
             where=name,
@@ -136,11 +135,11 @@ def _slurm_local_size(env: Mapping[str, str], size: int, num_nodes: int) -> int:
 
 def _slurm_port(env: Mapping[str, str]) -> int:
     """The same port on every process of a step; neighbouring jobs and steps get different ones."""
-    job = next((_number(env, name) for name in ("SLURM_JOB_ID", "SLURM_JOBID") if env.get(name)), None)
+    job = _first_set(env, "SLURM_JOB_ID", "SLURM_JOBID")
     if job is None:
         raise ConfigError("no port to meet on", where="environment", expected="SLURM_JOB_ID, or MASTER_PORT", got="neither")
-    step = next((_number(env, name) for name in ("SLURM_STEP_ID", "SLURM_STEPID") if env.get(name)), 0)
-    return FIRST_PORT + (16 * job + step) % NUM_PORTS
+    step = _first_set(env, "SLURM_STEP_ID", "SLURM_STEPID")
+    return FIRST_PORT + (16 * _number(env, job) + (0 if step is None else _number(env, step))) % NUM_PORTS
 
 
 def _refuse_forgotten_launcher(env: Mapping[str, str]) -> None:
@@ -180,6 +179,11 @@ def _checked(world: World) -> World:
         if not holds:
             raise ConfigError(f"the variables of {world.launcher} contradict one another", where="environment", expected=rule, got=got)
     return world
+
+
+def _first_set(env: Mapping[str, str], *names: str) -> str | None:
+    """The first of some variables that is set and not empty."""
+    return next((name for name in names if env.get(name)), None)
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

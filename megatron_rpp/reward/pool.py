@@ -105,7 +105,7 @@ class RewardPool:
         try:
             worker.start()
             loaded.set_result(None)
-        except BaseException as error:  # for the constructor to raise
+        except RewardError as error:  # for the constructor to raise
             loaded.set_exception(error)
         while (task := self._tasks.get()) is not None:
             item, future = task
@@ -118,14 +118,14 @@ class RewardPool:
             return Verdict(worker.call(item, self._timeout_s))
         except RewardError as error:
             kind, reason = "no worker", str(error)
-        except _CallFailed as failure:
+        except _CallError as failure:
             kind, reason = failure.kind, failure.reason
         if self._closed:
             kind, reason = "closed", "the pool was closed before the response was scored"
         return Verdict(self._failed_score, kind, reason[:MAX_REASON_CHARS])
 
 
-class _CallFailed(Exception):
+class _CallError(Exception):
     def __init__(self, kind: FailureKind, reason: str) -> None:
         super().__init__(reason)
         self.kind, self.reason = kind, reason
@@ -156,7 +156,7 @@ class _Worker:
             self.discard()
             raise RewardError(f"it did not load within {self._start_timeout_s:g} s", where=where) from None
         except (EOFError, ValueError):
-            raise RewardError("the process that loads it ended", where=where, got=self.discard()) from None
+            raise RewardError("the process that loads it ended", where=where, got=self.discard(grace_s=1.0)) from None
         if "error" in hello:
             self.discard()
             raise RewardError(hello["error"])
@@ -165,36 +165,41 @@ class _Worker:
         # Not multiprocessing: its spawn imports the parent's __main__, and torch with it. One thread a verifier: they are
         # many, and the cores belong to the decoders.
         ours, theirs = socket.socketpair()
-        threads = {variable: "1" for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         fd = theirs.fileno()
         arguments = [str(fd), str(os.getpid()), str(self._memory_bytes), self._name]
-        with theirs:
+        try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_rpp.reward.worker", *arguments],
-                env={**os.environ, **threads, "PYTHONPATH": path},
+                env={**os.environ, **one_thread, "PYTHONPATH": path},
                 pass_fds=(fd,),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is the parent's to handle, and a kill reaches the verifier's own children
             )
+        except OSError as error:
+            ours.close()
+            raise RewardError("a verifier process does not start", where=f"reward.name={self._name}", got=error) from error
+        finally:
+            theirs.close()
         self._channel = Channel(ours)
 
     def call(self, item: RewardInput, timeout_s: float) -> float:
-        """One score. Raises _CallFailed, after discarding a process that did not answer properly."""
+        """One score. Raises _CallError, after discarding a process that did not answer properly."""
         deadline = time.monotonic() + timeout_s
         try:
             self._channel.send(astuple(item), deadline)
             answer = self._channel.receive(deadline)
         except TimeoutError:
             self.discard()
-            raise _CallFailed("timeout", f"no score within {timeout_s:g} s; the verifier was killed") from None
+            raise _CallError("timeout", f"no score within {timeout_s:g} s; the verifier was killed") from None
         except (EOFError, ValueError):
-            raise _CallFailed("crash", f"the verifier's process ended: {self.discard()}") from None
+            raise _CallError("crash", f"the verifier's process ended: {self.discard(grace_s=1.0)}") from None
         if "score" in answer:
             return answer["score"]
         if answer["failed"] == "memory":
             self.discard()  # what is left on its heap would fail the next response
-        raise _CallFailed(answer["failed"], answer["reason"])
+        raise _CallError(answer["failed"], answer["reason"])
 
     def stop(self) -> None:
         """Kill the process and let none follow. Its thread notices and reaps it."""
@@ -203,19 +208,24 @@ class _Worker:
             if self._process is not None:
                 _kill(self._process)
 
-    def discard(self) -> str:
-        """Kill and reap the process, if there is one, and say how it ended."""
+    def discard(self, grace_s: float = 0.0) -> str:
+        """Kill and reap the process, if there is one, and say how it ended; `grace_s` lets a dying one end by itself."""
         with self._lock:
             process, self._process = self._process, None
             if process is None:
                 return "no process"
-            ended_alone = process.poll() is not None
-            _kill(process)
+            _await_zombie(process.pid, grace_s)
+            _kill(process)  # also what it left behind in its session
             code = process.wait()
             self._channel.close()
-        if code >= 0:
-            return f"exit code {code}"
-        return f"{signal.Signals(-code).name}{'' if ended_alone else ' (from the pool)'}"
+        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+def _await_zombie(pid: int, grace_s: float) -> None:
+    """Wait for a process to end without reaping it, so that its number cannot be given to another meanwhile."""
+    deadline = time.monotonic() + grace_s
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

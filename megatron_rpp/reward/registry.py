@@ -24,8 +24,8 @@ def get(name: str) -> RewardFn:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module does on import is a fact to report
-        message = f"{type(error).__name__}: {error}"
-        raise RewardError(f"module {module_name!r} does not import", where=f"reward.name={name}", got=message, fix=_import_fix(error)) from error
+        got = f"{type(error).__name__}: {error}"
+        raise RewardError(f"module {module_name!r} does not import", where=f"reward.name={name}", got=got, fix=_fix_of(error)) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         near = difflib.get_close_matches(function_name, [key for key, value in vars(module).items() if callable(value)], n=1)
@@ -52,7 +52,7 @@ def _path_of(name: str) -> str:
     )
 
 
-def _import_fix(error: Exception) -> str:
+def _fix_of(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"install {error.name!r}, or put its folder on PYTHONPATH"
     return "import the module in a Python shell to see the whole traceback"

@@ -30,7 +30,7 @@ def judge(reward: RewardFn, item: RewardInput) -> dict[str, object]:
         score = float(reward(item))
     except MemoryError:
         return {"failed": "memory", "reason": "the verifier ran out of its memory allowance"}
-    except BaseException as error:  # SystemExit and KeyboardInterrupt of a verifier are its failure too
+    except BaseException as error:  # noqa: BLE001  SystemExit and KeyboardInterrupt of a verifier are its failure too
         return {"failed": "exception", "reason": _describe(error)}
     if not math.isfinite(score):
         return {"failed": "bad value", "reason": f"the reward returned {score}, expected a finite number"}

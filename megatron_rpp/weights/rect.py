@@ -7,6 +7,7 @@ rectangle of which HF tensor sits where in it. A 1-D tensor is a matrix with one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -84,10 +85,12 @@ class Local:
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole tensor, padding included."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def has_padding(self) -> bool:
+        """True when some elements belong to no HF tensor."""
+        return sum(piece.rect.area for piece in self.pieces) < math.prod(self.shape)
 
 
 def as_matrix(shape: Shape) -> tuple[int, int]:

@@ -105,7 +105,7 @@ def _child(rank: int, n: int, home: Path, port: int, timeout_s: float, init: boo
             (home / f"{rank}.result").write_bytes(payload)
             if dist.is_initialized():
                 dist.destroy_process_group()
-        except BaseException:  # the parent raises it again, whatever it was
+        except BaseException:  # noqa: BLE001  the parent raises it again, whatever it was
             (home / f"{rank}.error").write_text(traceback.format_exc())
             faulthandler.cancel_dump_traceback_later()
             os._exit(1)  # the atexit handlers of a broken process group can hang

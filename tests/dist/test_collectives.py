@@ -57,7 +57,7 @@ def test_objects_of_unequal_length_reach_every_rank() -> None:
 
 
 def _subgroup(rank: int) -> tuple[float, object] | None:
-    group = dist.new_group([2, 1], backend="gloo", sort_ranks=False) if hasattr(dist, "sort_ranks") else dist.new_group([1, 2], backend="gloo")
+    group = dist.new_group([1, 2], backend="gloo")
     if rank == 0:
         return None
     return sum_float64(torch.tensor([float(rank)]), group).item(), broadcast_object(rank, group, src=1)

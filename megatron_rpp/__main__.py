@@ -1,0 +1,192 @@
+"""The command line: `rpp`, or `python -m megatron_rpp`. Thin: it reads settings, finds out which rank it is, and hands over."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_rpp.config.geometry import num_ranks
+from megatron_rpp.config.load import load_with_lines
+from megatron_rpp.config.schema import Config
+from megatron_rpp.config.validate import Checked, validate
+from megatron_rpp.dist.world import World
+from megatron_rpp.errors import ConfigError, RppError
+from megatron_rpp.version import __version__
+
+_RUN_COMMANDS = {
+    "train": "train a policy; goes on from the newest checkpoint in run.dir",
+    "sft": "supervised warm-up on the rows of sft.train; writes the HF directory sft.out",
+    "eval": "accuracy of model.hf on data.eval",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code of the process. An error that a user can act on is one message, without a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parse(arguments)
+    try:
+        return options.run(options, arguments)
+    except RppError as error:
+        print(f"rpp {options.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"rpp {options.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, e.g. `rpp check run.yaml | head`
+        sys.stderr.close()
+        return 141
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="rpp", description="REINFORCE++ post-training on Megatron-Core and SGLang")
+    parser.add_argument("--version", action="version", version=f"megatron_rpp {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, help_text in _RUN_COMMANDS.items():
+        command = commands.add_parser(name, help=help_text)
+        _add_settings(command)
+        command.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # set by launch.py
+        command.set_defaults(run=_run)
+    check = commands.add_parser("check", help="read and check the settings, print what follows from them")
+    _add_settings(check)
+    check.set_defaults(run=_check)
+    score = commands.add_parser("score", help="judge the responses in a file with a reward")
+    score.set_defaults(run=_score)
+    doctor = commands.add_parser("doctor", help="look at this host and its packages for what would stop a run")
+    doctor.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
+    doctor.set_defaults(run=_doctor)
+
+    given = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if given is not None and given not in commands.choices:
+        close = difflib.get_close_matches(given, commands.choices, n=1)
+        parser.error(
+            f"unknown command {given!r}" + (f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(commands.choices)}")
+        )
+    if given == "score":
+        from megatron_rpp.reward import score_file
+
+        score_file.add_arguments(score)
+    return parser.parse_args(arguments)
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, help="the YAML file with the settings")
+    command.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings that win over the file, e.g. optim.lr=1e-6")
+
+
+def _load(options: argparse.Namespace, *, world_size: int | None = None) -> tuple[Config, Checked]:
+    cfg, lines = load_with_lines(options.config, options.overrides)
+    checked = validate(cfg, world_size=world_size, for_sft=options.command == "sft", lines=lines, source=str(options.config))
+    if options.command == "eval" and cfg.data.eval is None:
+        raise ConfigError("there is nothing to evaluate on", where="data.eval", expected="a .jsonl or .parquet file", got="not set")
+    return cfg, checked
+
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+    """As one rank when a launcher started us or one rank is enough; else by starting all ranks on this host."""
+    world = World.from_env()
+    cfg, checked = _load(options, world_size=None if world.launcher == "single" else world.size)
+    if world.rank == 0 and options.report is None:
+        _print_warnings(checked)
+    if world.launcher == "single" and num_ranks(cfg) > 1:
+        from megatron_rpp import launch
+
+        return launch.run_ranks(
+            [sys.executable, "-m", "megatron_rpp", *arguments], num_ranks(cfg), log_dir=cfg.run.dir / "logs", is_cpu=_is_cpu(cfg)
+        )
+    return _run_as_rank(options, cfg, world)
+
+
+def _run_as_rank(options: argparse.Namespace, cfg: Config, world: World) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that engines and workers are closed in order
+    try:
+        with _own_log(options, cfg, world):
+            _command(options.command)(cfg)
+        return 0
+    except RppError as error:
+        if options.report is not None:
+            _report(options.report, error)
+        elif world.rank == 0:
+            raise
+        else:  # as a rule rank 0 has the same error and says the whole of it
+            print(f"rank {world.rank}: {error.what}", file=sys.stderr)
+        return error.exit_code
+    except BaseException as error:
+        if options.report is None:
+            raise
+        _report(options.report, error)
+        return 130 if isinstance(error, KeyboardInterrupt) else error.code if isinstance(error, SystemExit) else 1
+
+
+def _report(path: Path, error: BaseException) -> None:
+    from megatron_rpp import launch
+
+    launch.write_report(path, error)
+
+
+@contextlib.contextmanager
+def _own_log(options: argparse.Namespace, cfg: Config, world: World) -> Iterator[None]:
+    """Ranks other than 0 print into run.dir/logs; our own launcher has already seen to that."""
+    if world.rank == 0 or options.report is not None:
+        yield
+        return
+    from megatron_rpp.observe.rundir import RunDir, output_to
+
+    with output_to(RunDir(cfg.run.dir).rank_log(world.rank)):
+        yield
+
+
+def _command(name: str) -> Callable[[Config], object]:
+    """The function behind a command; imported here, so that `rpp check` and `--help` answer at once."""
+    if name == "train":
+        from megatron_rpp.train import train
+
+        return train
+    if name == "sft":
+        from megatron_rpp.supervised import supervise
+
+        return supervise
+    from megatron_rpp.evaluate import evaluate_model
+
+    return evaluate_model
+
+
+def _is_cpu(cfg: Config) -> bool:
+    """Whether the ranks will compute on the CPU, told without importing torch."""
+    return cfg.run.device == "cpu" or (cfg.run.device == "auto" and not Path("/proc/driver/nvidia/version").exists())
+
+
+def _check(options: argparse.Namespace, arguments: list[str]) -> int:
+    cfg, checked = _load(options)
+    print(f"{options.config}: every setting holds")
+    print(f"  {'model':30} {checked.hf.model_type}, {checked.hf.num_parameters:,} parameters, {cfg.model.dtype}")
+    for name, value in asdict(checked.geometry).items():
+        print(f"  {name.replace('_', ' '):30} {' to '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    _print_warnings(checked)
+    return 0
+
+
+def _print_warnings(checked: Checked) -> None:
+    for warning in checked.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _score(options: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_rpp.reward import score_file
+
+    return score_file.run(options)
+
+
+def _doctor(options: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_rpp import doctor
+
+    return doctor.main(as_json=options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

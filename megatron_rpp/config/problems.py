@@ -1,0 +1,27 @@
+"""Everything that is wrong with the settings, said at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_rpp.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong. path: the dotted setting; where: file:line or `command line`, empty when nobody wrote it."""
+
+    path: str
+    message: str
+    where: str = ""
+
+
+def refuse(problems: Sequence[Problem], source: str, kind: type[ConfigError] = ConfigError) -> None:
+    """Raises: `kind` with one line for each problem, when there is any."""
+    if not problems:
+        return
+    counted = "1 setting is wrong" if len(problems) == 1 else f"{len(problems)} settings are wrong"
+    prefix = [f"{problem.where}  " if problem.where else "" for problem in problems]
+    lines = [f"  {where}{problem.path}: {problem.message}" for where, problem in zip(prefix, problems, strict=True)]
+    raise kind("\n".join([counted, *lines]), where=source)

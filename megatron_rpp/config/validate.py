@@ -1,0 +1,252 @@
+"""Rules between settings, all checked before anything heavy starts, and all broken ones reported at once.
+
+A rule is a generator of `Problem`s over the settings that it speaks of. Values of the wrong type never get here: load.py
+refuses them. Whatever a user sets that would have no effect is refused too, so that a setting in the file is always in force.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rpp.config.geometry import Geometry, HfShape, derive, has_even_layers, num_ranks, read_hf_shape
+from megatron_rpp.config.problems import Problem, refuse
+from megatron_rpp.config.schema import Config
+from megatron_rpp.errors import ConfigError, GeometryError
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Settings that hold together: what follows from them, and what is allowed but worth a second look."""
+
+    geometry: Geometry
+    hf: HfShape
+    warnings: tuple[str, ...]
+
+
+def validate(
+    cfg: Config,
+    *,
+    world_size: int | None = None,
+    for_sft: bool = False,
+    lines: Mapping[str, str] | None = None,
+    source: str = "settings",
+) -> Checked:
+    """Check every rule.
+
+    world_size: the number of processes, where it is known. for_sft: check what `rpp sft` needs beside. lines: where each
+    dotted setting was written (load.load_with_lines); source: the name of the whole, for the first line of the message.
+    Raises: ConfigError, or GeometryError when only layouts are wrong, with one line for each broken rule.
+    """
+    lines = lines or {}
+    problems = [*_bounds(cfg), *_ranges(cfg), *_without_effect(cfg), *_inputs(cfg), *(_sft(cfg) if for_sft else ())]
+    hf: HfShape | None = None
+    try:
+        hf = read_hf_shape(cfg.model.hf)
+    except ConfigError as error:
+        problems.append(Problem("model.hf", str(error).replace("\n", ";")))
+    kind = ConfigError if problems else GeometryError
+    if all(_get(cfg, name) >= 1 for name in _AT_LEAST_1):  # only then do the divisions below mean anything
+        problems += [*_layout(cfg, world_size), *_engines(cfg), *_batches(cfg), *(_model(cfg, hf) if hf is not None else ())]
+    refuse([Problem(problem.path, problem.message, lines.get(problem.path, "")) for problem in problems], source, kind)
+    assert hf is not None
+    return Checked(derive(cfg, hf), hf, tuple(_warnings(cfg)))
+
+
+_AT_LEAST_1 = (
+    *(
+        "run.steps",
+        "parallel.tp",
+        "parallel.pp",
+        "parallel.vpp",
+        "parallel.cp",
+        "parallel.dp",
+        "data.max_prompt_tokens",
+        "reward.num_workers",
+    ),
+    *("rollout.tp", "rollout.engines", "rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_response_tokens"),
+    *("rollout.max_concurrent", "algo.minibatches", "optim.microbatch_tokens", "checkpoint.keep", "eval.max_prompts"),
+    *("eval.max_response_tokens", "sft.batch_sequences"),
+)
+_AT_LEAST_0 = (
+    *("run.seed", "algo.kl_reward_coef", "algo.kl_loss_coef", "algo.entropy_coef", "optim.lr", "optim.min_lr", "optim.warmup_steps"),
+    *(
+        "optim.weight_decay",
+        "optim.clip_grad",
+        "checkpoint.every",
+        "eval.every",
+        "eval.temperature",
+        "sft.steps",
+        "sft.lr",
+        "sft.warmup_steps",
+    ),
+)
+_ABOVE_0 = ("run.deadline_s", "reward.timeout_s", "rollout.temperature", "rollout.start_deadline_s", "optim.eps", "observe.mismatch_alarm")
+
+
+def _get(cfg: Config, name: str) -> Any:
+    """The setting of that dotted name; 1 stands for an optional one that is not set, which no bound refuses."""
+    value: Any = cfg
+    for part in name.split("."):
+        value = getattr(value, part)
+    return 1 if value is None else value
+
+
+def _bounds(cfg: Config) -> Iterator[Problem]:
+    for names, accepts, expected in (
+        (_AT_LEAST_1, lambda value: value >= 1, "at least 1"),
+        (_AT_LEAST_0, lambda value: value >= 0, "0 or more"),
+        (_ABOVE_0, lambda value: value > 0, "more than 0"),
+    ):
+        for name in names:
+            value = _get(cfg, name)
+            if math.isfinite(value) and not accepts(value):
+                yield Problem(name, f"must be {expected}, got {value}")
+    yield from _not_finite(cfg, "")
+
+
+def _not_finite(section: Any, prefix: str) -> Iterator[Problem]:
+    for spec in fields(section):
+        value = getattr(section, spec.name)
+        if is_dataclass(value):
+            yield from _not_finite(value, f"{prefix}{spec.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield Problem(f"{prefix}{spec.name}", f"must be a finite number, got {value}")
+
+
+def _ranges(cfg: Config) -> Iterator[Problem]:
+    algo, optim = cfg.algo, cfg.optim
+    if cfg.run.seed >= 2**32:
+        yield Problem("run.seed", f"must be below 2^32, got {cfg.run.seed}")
+    if not 0 < cfg.rollout.top_p <= 1:
+        yield Problem("rollout.top_p", f"must be in (0, 1], got {cfg.rollout.top_p}; 1.0 samples from the whole distribution")
+    if not 0 <= algo.gamma <= 1:
+        yield Problem("algo.gamma", f"must be in [0, 1], got {algo.gamma}")
+    for name in ("clip_low", "clip_high"):
+        if not 0 < getattr(algo, name) < 1:
+            yield Problem(f"algo.{name}", f"must be in (0, 1), got {getattr(algo, name)}; set e.g. 0.2")
+    if algo.reward_clip is not None and not algo.reward_clip[0] < algo.reward_clip[1]:
+        yield Problem("algo.reward_clip", f"must be [lowest, highest], got {list(algo.reward_clip)}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            yield Problem(f"optim.{name}", f"must be in [0, 1), got {getattr(optim, name)}")
+    if optim.min_lr > optim.lr:
+        yield Problem("optim.min_lr", f"must not exceed optim.lr = {optim.lr}, got {optim.min_lr}")
+    if algo.estimator == "reinforce_pp_baseline" and cfg.rollout.samples_per_prompt == 1:
+        message = (
+            "algo.estimator reinforce_pp_baseline subtracts the mean score of a prompt's responses, which leaves nothing of a single one"
+        )
+        yield Problem("rollout.samples_per_prompt", f"{message}; set at least 2, or algo.estimator: reinforce_pp")
+
+
+def _without_effect(cfg: Config) -> Iterator[Problem]:
+    """Settings that nothing would read."""
+    if cfg.eval.every > 0 and cfg.data.eval is None:
+        yield Problem("eval.every", "has no effect without data.eval; set the file with the held-out problems")
+    if cfg.optim.min_lr > 0 and cfg.optim.schedule == "constant":
+        yield Problem("optim.min_lr", "has no effect with optim.schedule: constant; choose linear or cosine")
+    if cfg.model.ref is not None and cfg.algo.kl_reward_coef == cfg.algo.kl_loss_coef == 0:
+        yield Problem("model.ref", "has no effect while algo.kl_reward_coef and algo.kl_loss_coef are 0")
+
+
+def _inputs(cfg: Config) -> Iterator[Problem]:
+    files: dict[str, Path | None] = {"data.train": cfg.data.train, "data.eval": cfg.data.eval}
+    for name, path in files.items():
+        if path is not None and path.suffix not in (".jsonl", ".parquet"):
+            yield Problem(name, f"must be a .jsonl or .parquet file, got {path}")
+        elif path is not None and not path.is_file():
+            yield Problem(name, f"no such file: {path}")
+    if cfg.model.ref is not None and not (cfg.model.ref / "config.json").is_file():
+        yield Problem("model.ref", f"no config.json in {cfg.model.ref}")
+
+
+def _sft(cfg: Config) -> Iterator[Problem]:
+    if cfg.sft.train is None:
+        yield Problem("sft.train", f"required by `rpp sft`: a .jsonl file of rows with {cfg.data.prompt_key!r} and 'response'")
+    elif not cfg.sft.train.is_file():
+        yield Problem("sft.train", f"no such file: {cfg.sft.train}")
+    if cfg.sft.out is None:
+        yield Problem("sft.out", "required by `rpp sft`: the HF directory that it writes")
+    if cfg.sft.steps == 0:
+        yield Problem("sft.steps", "required by `rpp sft`: at least 1, got 0")
+
+
+def _layout(cfg: Config, world_size: int | None) -> Iterator[Problem]:
+    parallel = cfg.parallel
+    ranks, replica = num_ranks(cfg), parallel.tp * parallel.cp * parallel.pp
+    if parallel.cp > 1:
+        yield Problem(
+            "parallel.cp", f"context parallelism is not there yet, got {parallel.cp}; set 1, and raise tp or pp for longer sequences"
+        )
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield Problem("parallel.vpp", f"virtual chunks need a pipeline: parallel.pp is 1, got vpp {parallel.vpp}")
+    if world_size is not None and ranks != world_size:
+        product = f"tp {parallel.tp} x cp {parallel.cp} x dp {parallel.dp} x pp {parallel.pp} = {ranks} ranks"
+        fits = f"parallel.dp: {world_size // replica} would fit" if world_size % replica == 0 else f"one replica takes {replica} ranks"
+        yield Problem("parallel.dp", f"{product}, but there are {world_size} processes; {fits}")
+
+
+def _engines(cfg: Config) -> Iterator[Problem]:
+    ranks, rollout = num_ranks(cfg), cfg.rollout
+    if rollout.engines is None and ranks % rollout.tp:
+        message = f"the {ranks} ranks do not divide into engines of {rollout.tp}"
+        yield Problem("rollout.tp", f"{message}; choose a divisor, or set rollout.engines and leave some ranks without one")
+    if rollout.engines is not None and rollout.engines * rollout.tp > ranks:
+        message = f"{rollout.engines} engines of {rollout.tp} ranks need {rollout.engines * rollout.tp} ranks, there are {ranks}"
+        yield Problem("rollout.engines", message)
+
+
+def _batches(cfg: Config) -> Iterator[Problem]:
+    prompts, minibatches = cfg.rollout.prompts_per_step, cfg.algo.minibatches
+    if minibatches > prompts:
+        yield Problem("algo.minibatches", f"{minibatches} minibatches cannot be cut from {prompts} prompts (rollout.prompts_per_step)")
+
+
+def _model(cfg: Config, hf: HfShape) -> Iterator[Problem]:
+    parallel = cfg.parallel
+    chunks = parallel.pp * parallel.vpp
+    if hf.num_layers % chunks and has_even_layers(cfg):
+        message = f"the {hf.num_layers} layers do not divide into pp {parallel.pp} x vpp {parallel.vpp} = {chunks} chunks"
+        yield Problem("parallel.pp", f"{message}; or split them with model.megatron.num_layers_in_first_pipeline_stage and ..._last_...")
+    for name, tp in (("parallel.tp", parallel.tp), ("rollout.tp", cfg.rollout.tp)):
+        if hf.num_heads % tp:
+            yield Problem(name, f"the {hf.num_heads} attention heads do not divide by {tp}")
+        if hf.num_kv_heads % tp and tp % hf.num_kv_heads:
+            yield Problem(name, f"must divide the {hf.num_kv_heads} key-value heads or be a multiple of them, got {tp}")
+        if hf.ffn % tp:
+            yield Problem(name, f"the feed-forward width {hf.ffn} does not divide by {tp}")
+    responses = {
+        "rollout.max_response_tokens": cfg.rollout.max_response_tokens,
+        "eval.max_response_tokens": cfg.eval.max_response_tokens or 0,
+    }
+    for name, tokens in responses.items():
+        longest = cfg.data.max_prompt_tokens + tokens
+        if longest > hf.max_positions:
+            message = f"{tokens} after data.max_prompt_tokens {cfg.data.max_prompt_tokens} makes {longest} tokens"
+            yield Problem(name, f"{message}, the model has {hf.max_positions} positions")
+
+
+def _warnings(cfg: Config) -> Iterator[str]:
+    rollout, algo, ranks = cfg.rollout, cfg.algo, num_ranks(cfg)
+    if rollout.top_p < 1:
+        yield f"rollout.top_p {rollout.top_p}: the engine samples from a cut distribution, so logp_rollout is not comparable with logp_old"
+    if cfg.model.dtype == "bfloat16" and not _may_use_cuda(cfg):
+        yield "model.dtype bfloat16 on a CPU is slow and inexact; set model.dtype: float32"
+    if algo.kl_reward_coef > 0 and algo.kl_loss_coef > 0:
+        yield "algo.kl_reward_coef and algo.kl_loss_coef both pull to the reference; one of them is the usual choice"
+    if rollout.prompts_per_step % algo.minibatches:
+        yield f"{rollout.prompts_per_step} prompts do not divide into algo.minibatches {algo.minibatches}: optimiser steps differ in size"
+    if rollout.prompts_per_step * rollout.samples_per_prompt < cfg.parallel.dp * algo.minibatches:
+        yield f"fewer responses than dp {cfg.parallel.dp} x minibatches {algo.minibatches}: some ranks train on nothing"
+    if cfg.optim.schedule != "constant" and cfg.optim.warmup_steps >= cfg.run.steps * algo.minibatches:
+        yield f"optim.warmup_steps {cfg.optim.warmup_steps} covers the whole run of {cfg.run.steps * algo.minibatches} optimiser steps"
+    if rollout.engines is not None and rollout.engines * rollout.tp < ranks:
+        yield f"{ranks - rollout.engines * rollout.tp} of {ranks} ranks have no engine and idle during roll-out"
+
+
+def _may_use_cuda(cfg: Config) -> bool:
+    """A guess without importing torch: the driver's file is there."""
+    return cfg.run.device != "cpu" and Path("/proc/driver/nvidia/version").exists()

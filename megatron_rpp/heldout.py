@@ -1,0 +1,86 @@
+"""Accuracy on a fixed set of prompts, through the same engine, verifier and prompt template as training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rpp.collect import Collector, Progress
+from megatron_rpp.rollout.request import Sampling
+from megatron_rpp.types import Group, Prompt
+
+# Evaluation draws its seeds from a range of steps that training never reaches, so that it shifts no training seed.
+EVAL_STEP = -1
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """accuracy: mean score; num_correct counts scores >= 1; response_tokens: mean length; the rest are fractions."""
+
+    accuracy: float
+    num_prompts: int
+    num_correct: int
+    response_tokens: float
+    truncated_frac: float
+    failed_frac: float
+
+    def as_metrics(self) -> dict[str, float]:
+        return {
+            "eval/accuracy": self.accuracy,
+            "eval/num_prompts": float(self.num_prompts),
+            "eval/response_tokens": self.response_tokens,
+            "eval/truncated_frac": self.truncated_frac,
+            "eval/reward_failed_frac": self.failed_frac,
+        }
+
+
+def evaluate(
+    collector: Collector,
+    prompts: tuple[Prompt, ...],
+    *,
+    version: int,
+    sampling: Sampling,
+    num_samples: int = 1,
+    table: Path | None = None,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Sample every prompt `num_samples` times and average the scores (avg@k; greedy pass@1 at k = 1).
+
+    table: on rank 0, every answer is written there as one JSON line, so that two evaluations can be compared.
+    Returns the same result on every rank.
+    """
+    groups = collector.collect(
+        prompts, step=EVAL_STEP, version=version, num_samples=num_samples, sampling=sampling, name=f"eval-{version:06d}", progress=progress
+    )
+    if table is not None and collector.groups.rank == 0:
+        _write_table(groups, table)
+    responses = [response for group in groups for response in group.responses]
+    count = max(len(responses), 1)
+    return EvalResult(
+        accuracy=sum(response.score for response in responses) / count,
+        num_prompts=len(groups),
+        num_correct=sum(response.score >= 1 for response in responses),
+        response_tokens=sum(len(response.tokens) for response in responses) / count,
+        truncated_frac=sum(response.is_truncated for response in responses) / count,
+        failed_frac=sum(response.reward_failed is not None for response in responses) / count,
+    )
+
+
+def _write_table(groups: tuple[Group, ...], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = (
+        {
+            "uid": group.prompt.uid,
+            "prompt": group.prompt.text,
+            "answer": group.prompt.answer,
+            "response": response.text,
+            "score": response.score,
+            "num_tokens": len(response.tokens),
+        }
+        for group in groups
+        for response in group.responses
+    )
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)

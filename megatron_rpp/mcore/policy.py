@@ -1,0 +1,184 @@
+"""The policy (and the frozen reference) as the training loop sees it: log-probabilities, updates, weights, checkpoints.
+
+This module can be imported at any time. The modules beside it that import megatron are imported inside `from_config` and
+where a checkpoint is met, because megatron may only be imported after `init.start` has put the patches in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_rpp.algo.objective import MAX_SUFFIX, policy_objective
+from megatron_rpp.config.schema import Algo, Config
+from megatron_rpp.data.packing import select, split_minibatches, token_index
+from megatron_rpp.dist.collectives import gather_objects
+from megatron_rpp.dist.groups import Groups
+from megatron_rpp.mcore.hf_config import HfModel, read_hf_config
+from megatron_rpp.types import PackedBatch, UpdateStats
+
+if TYPE_CHECKING:
+    from megatron_rpp.mcore.forward import Objective, Sums
+    from megatron_rpp.mcore.logp_model import LogpModel
+    from megatron_rpp.mcore.microbatch import Packing
+    from megatron_rpp.mcore.optimizer import Optimizer, StepResult
+
+
+class Policy:
+    """One model over all ranks. Every public method is collective over the world unless it says otherwise.
+
+    hf: the shape of the model. chunks: this rank's pipeline chunks. optimizer: None for a frozen reference.
+    """
+
+    def __init__(self, *, hf: HfModel, groups: Groups, chunks: list[LogpModel], wrapped: list, packing: Packing, optimizer: Optimizer | None) -> None:
+        self.hf = hf
+        self.groups = groups
+        self.chunks = chunks
+        self.optimizer = optimizer
+        self._wrapped = wrapped
+        self._packing = packing
+
+    @classmethod
+    def from_config(
+        cls, cfg: Config, groups: Groups, *, trainable: bool = True, hf_dir: Path | None = None, total_steps: int | None = None
+    ) -> Policy:
+        """Build the model of `hf_dir` (default: model.hf). Its weights are zero until they are loaded through `named_local`.
+
+        trainable: False builds no gradient buffers and no optimizer. total_steps: optimiser steps that the learning-rate schedule
+        spans; default: run.steps x algo.minibatches.
+        Raises: GeometryError, ConfigError.
+        """
+        from megatron_rpp.mcore.build import build_chunks, transformer_config
+        from megatron_rpp.mcore.microbatch import Packing
+        from megatron_rpp.mcore.optimizer import Optimizer, wrap_ddp
+
+        hf = read_hf_config(hf_dir or cfg.model.hf)
+        device = torch.device("cuda", torch.cuda.current_device()) if _uses_cuda(groups) else torch.device("cpu")
+        config = transformer_config(hf, cfg, device)
+        chunks = build_chunks(hf, config, cfg.parallel.vpp)
+        packing = Packing(groups, device, cfg.optim.microbatch_tokens, cfg.parallel.vpp, config.sequence_parallel)
+        if not trainable:
+            for chunk in chunks:
+                chunk.requires_grad_(False)
+            return cls(hf=hf, groups=groups, chunks=chunks, wrapped=chunks, packing=packing, optimizer=None)
+        wrapped = wrap_ddp(chunks, config, cfg.optim)
+        steps = total_steps if total_steps is not None else cfg.run.steps * cfg.algo.minibatches
+        optimizer = Optimizer(wrapped, cfg.optim, config.params_dtype, steps)
+        return cls(hf=hf, groups=groups, chunks=chunks, wrapped=wrapped, packing=packing, optimizer=optimizer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.chunks[0].config.params_dtype
+
+    def logprobs(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities of the masked tokens, on every rank of the replica; 0 elsewhere.
+
+        logp_T[t] = log_softmax(logits[t - 1] / temperature)[tokens_T[t]]   where mask_T[t] is True
+        Shapes: -> [T] float32, on the batch's device
+        """
+        from megatron_rpp.mcore.forward import run_logprobs
+
+        self._set_training(False)
+        logp_T = run_logprobs(self._wrapped, self._packing.microbatches(batch, temperature), batch.num_tokens, self.groups)
+        return logp_T.to(batch.tokens_T.device)
+
+    def update(
+        self, batch: PackedBatch, adv_T: Tensor, algo: Algo, *, temperature: float = 1.0, objective: Objective | None = None
+    ) -> UpdateStats:
+        """algo.minibatches optimiser steps on one roll-out batch.
+
+        A sequence's minibatch depends on its group alone, hence not on dp. In each step the loss and every statistic is a sum
+        over the tokens of all ranks divided by their number. objective: default policy_objective under `algo`.
+        A step whose gradient is not finite moves nothing, ends the update and shows as is_finite False.
+        Shapes: adv_T [T] float32
+        """
+        objective = objective or partial(policy_objective, algo=algo)
+        done = []
+        for sequences in split_minibatches(batch.group_S, algo.minibatches):
+            index = token_index(batch.cu_len_S1, sequences)
+            done.append(self._step(select(batch, sequences), adv_T[index], objective, temperature))
+            if not done[-1][1].is_finite:
+                break
+        return self._stats(done)
+
+    def supervise(self, batch: PackedBatch) -> UpdateStats:
+        """One optimiser step on the mean negative log-likelihood of the masked tokens (supervised warm-up)."""
+        return self._stats([self._step(batch, torch.zeros(batch.num_tokens), negative_log_likelihood, 1.0)])
+
+    def named_local(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        """(Megatron name inside its chunk, layer over the whole model from 0 or None, live parameter). Not collective.
+
+        Whoever writes into the tensors calls `weights_changed` afterwards.
+        """
+        from megatron_rpp.mcore.build import named_parameters
+
+        return named_parameters(self.chunks)
+
+    def weights_changed(self) -> None:
+        """Tell the optimizer that parameters were written from outside, so that its float32 copies follow. Not collective."""
+        if self.optimizer is not None:
+            self.optimizer.inner.reload_model_params()
+
+    def _step(self, batch: PackedBatch, adv_T: Tensor, objective: Objective, temperature: float) -> tuple[Sums, StepResult]:
+        from megatron_rpp.mcore.forward import run_loss
+
+        assert self.optimizer is not None, "a frozen reference cannot be updated"
+        self._set_training(True)
+        self.optimizer.zero_grad()
+        microbatches = self._packing.microbatches(batch, temperature)
+        sums = run_loss(self._wrapped, microbatches, adv_T.to(self._packing.device), objective)
+        return sums, self.optimizer.step()
+
+    def _stats(self, done: list[tuple[Sums, StepResult]]) -> UpdateStats:
+        """Sums of this rank to means over all ranks: added in rank order in float64, so that every rank reports the same bits."""
+        is_counted = self.groups.is_last_stage and self.groups.coords.tp == 0
+        mine = [sums for sums, _ in done] if is_counted else None
+        shares = [share for share in gather_objects(mine, self.groups.world_cpu, name="statistics of an update") if share is not None]
+        return merge_stats(shares, [result for _, result in done])
+
+    def _set_training(self, is_training: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(is_training)
+
+
+def negative_log_likelihood(logp_new_T: Tensor, entropy_T: Tensor, batch: PackedBatch, adv_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The objective of supervised training: loss = -sum of logp over the masked tokens. adv_T is not looked at."""
+    loss = -logp_new_T.sum()
+    return loss, batch.mask_T.sum(), {"policy_loss": loss, "entropy": entropy_T.sum()}
+
+
+def merge_stats(shares: list[list[Sums]], results: list[StepResult]) -> UpdateStats:
+    """Statistics of an update from each data-parallel rank's sums, in rank order. Pure.
+
+    value = sum over ranks and minibatches / number of tokens;  for a name that ends in _max, the maximum
+    """
+    parts = [sums for share in shares for sums in share]
+    num_tokens = sum(sums.num_tokens for sums in parts)
+    columns: dict[str, list[float]] = {}
+    for sums in parts:
+        for name, value in {"loss": sums.loss, **sums.values}.items():
+            columns.setdefault(name, []).append(value)
+    values = {
+        name: max(column) if name.endswith(MAX_SUFFIX) else math.fsum(column) / max(num_tokens, 1) for name, column in columns.items()
+    }
+    values["lr"] = results[-1].lr
+    return UpdateStats(
+        loss=values.pop("loss"),
+        policy_loss=values.pop("policy_loss", 0.0),
+        kl_loss=values.pop("kl_loss", 0.0),
+        grad_norm=math.fsum(result.grad_norm for result in results) / len(results),
+        num_minibatches=len(results),
+        num_tokens=num_tokens,
+        is_finite=all(result.is_finite for result in results),
+        values=values,
+    )
+
+
+def _uses_cuda(groups: Groups) -> bool:
+    return torch.distributed.get_backend(groups.world) == "nccl"

@@ -1,0 +1,84 @@
+"""The one door through which a run says what it does: records for machines, rows for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+from megatron_rpp.config.schema import Observe
+from megatron_rpp.observe import sinks
+from megatron_rpp.observe.console import Console, open_console
+from megatron_rpp.observe.metrics import Value, summarise
+from megatron_rpp.observe.rundir import RunDir
+
+
+class RunLog:
+    """Every rank has one and calls it alike; the one with `run`, rank 0, writes and prints."""
+
+    def __init__(self, observe: Observe, run: RunDir | None, *, resumed_step: int = 0) -> None:
+        """run: the opened run directory, None on every other rank. resumed_step: the checkpoint that the run goes on from."""
+        self._console: Console = open_console(observe.console, is_leader=run is not None)
+        self._file = sinks.MetricsFile(run.metrics, resumed_step=resumed_step) if run is not None else None
+        self._sinks: list[sinks.MetricsFile | sinks.TensorBoard] = [self._file] if self._file is not None else []
+        if run is not None and observe.tensorboard:
+            self._sinks.append(sinks.TensorBoard(run.tensorboard, resumed_step=resumed_step))
+        self._held_out: dict[str, Value] = {}
+
+    def step(self, step: int, values: Mapping[str, Value], *, timing: Mapping[str, float] | None = None) -> None:
+        """Record one finished training step and show its row. timing: what the clock says; kept apart from the values."""
+        self._append("step", step, values, timing)
+        self._console.row(step, {**self._held_out, **values}, timing or {})
+        self._held_out = {}
+
+    def evaluation(self, step: int, values: Mapping[str, Value], *, timing: Mapping[str, float] | None = None) -> None:
+        """Record an evaluation of the weights of `step`; its accuracy is said, and shown again in the next row."""
+        self._append("eval", step, values, timing)
+        self._held_out = {name: value for name, value in values.items() if name == "eval/accuracy"}
+        accuracy = values.get("eval/accuracy")
+        if isinstance(accuracy, int | float):
+            self._console.say(f"{step:6d}  held-out accuracy {accuracy:.4f} on {values.get('eval/num_prompts', '?')} prompts")
+
+    def sft(self, step: int, total: int, values: Mapping[str, Value], *, timing: Mapping[str, float] | None = None) -> None:
+        """Record one supervised step; a person sees about twenty of them, and the last."""
+        self._append("sft", step, values, timing)
+        if step == total or step % max(1, total // 20) == 0:
+            shown = "  ".join(f"{name.removeprefix('sft/')} {value:.4g}" for name, value in values.items() if isinstance(value, float))
+            self._console.say(f"{step:6d}/{total}  {shown}")
+
+    def sft(self, step: int, num_steps: int, values: Mapping[str, Value]) -> None:
+        """Record one step of a supervised warm-up, and show how far it is."""
+        self._append("sft", step, values, None)
+        self._console.warm_up(step, num_steps, values)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether the file holds that record (`step` or `eval`) already. Only the writing rank knows; False elsewhere."""
+        return self._file is not None and self._file.has(kind, step)
+
+    def progress(self, what: str, done: int, total: int, tokens: int) -> None:
+        """Show how far the roll-out named `what` is: responses and tokens."""
+        self._console.progress(what, done, total, tokens)
+
+    def say(self, text: str) -> None:
+        self._console.say(text)
+
+    def warn(self, text: str) -> None:
+        self._console.warn(text)
+
+    def summary(self) -> dict[str, Value]:
+        """The whole run in one value a name; empty on ranks that do not write."""
+        return summarise(sinks.read(self._file.path)) if self._file is not None else {}
+
+    def close(self) -> None:
+        self._console.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _append(self, kind: str, step: int, values: Mapping[str, Value], timing: Mapping[str, float] | None) -> None:
+        for sink in self._sinks:
+            sink.append(kind, step, values, timing)

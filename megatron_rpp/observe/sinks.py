@@ -1,0 +1,93 @@
+"""Where records go: metrics.jsonl, which is the run's memory, and TensorBoard, which is a view of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_rpp.errors import RppError
+from megatron_rpp.observe.metrics import Value, encode
+
+
+class MetricsFile:
+    """An append-only file of records.
+
+    A line that a crash cut off is removed when the file is opened. A run that goes on from the checkpoint of `resumed_step`
+    first forgets the records of the steps that it will take again, so that the file reads as if nothing had happened; at 0
+    there is no such checkpoint and nothing to keep.
+    """
+
+    def __init__(self, path: Path, *, resumed_step: int = 0) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep = 0
+        for offset, record in _records(path):
+            if record["step"] <= resumed_step != 0:
+                keep = offset
+        self._file = open(path, "ab")  # noqa: SIM115 -- held open for the length of the run
+        self._file.truncate(keep)
+
+    def append(self, kind: str, step: int, values: Mapping[str, Value], timing: Mapping[str, float] | None = None) -> None:
+        """Add one record; it survives the death of this process, and of this host once the kernel has written it back."""
+        self._file.write(encode(kind, step, values, timing).encode("ascii") + b"\n")
+        self._file.flush()
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether such a record is there already, e.g. the evaluation of the step that a run goes on from."""
+        return any(record["kind"] == kind and record["step"] == step for record in read(self.path))
+
+    def close(self) -> None:
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All complete records of a metrics.jsonl, which another process may still be writing."""
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each complete record and the offset of its end; a last line without its end is left out."""
+    end = 0
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            return
+        try:
+            record = json.loads(line)
+            record["step"] >= 0 and record["kind"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RppError(
+                "not a metrics record", where=f"{path}:{number}", got=f"{line[:60]!r} ({error})", fix="remove that line"
+            ) from None
+        end += len(line)
+        yield end, record
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, at the finished step; events of steps that are taken again are marked as void."""
+
+    def __init__(self, directory: Path, *, resumed_step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RppError(
+                "tensorboard cannot be imported",
+                where="observe.tensorboard",
+                got=error,
+                fix="pip install tensorboard, or set observe.tensorboard: false",
+            ) from None
+        self._writer = SummaryWriter(str(directory), purge_step=resumed_step + 1 if resumed_step else None, flush_secs=10)
+
+    def append(self, kind: str, step: int, values: Mapping[str, Value], timing: Mapping[str, float] | None = None) -> None:
+        """Words are left out: TensorBoard plots numbers."""
+        for name, value in {**values, **{f"timing/{name}": value for name, value in (timing or {}).items()}}.items():
+            if not isinstance(value, str):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,130 @@
+"""What every command that uses Megatron opens first: process groups, the run directory, the log; and the policy on top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import megatron_rpp_patches
+from megatron_rpp.config.load import dump
+from megatron_rpp.config.schema import Config
+from megatron_rpp.dist.collectives import broadcast_object
+from megatron_rpp.dist.groups import Groups
+from megatron_rpp.dist.world import World
+from megatron_rpp.errors import CheckpointError, RppError
+from megatron_rpp.mcore import init
+from megatron_rpp.mcore.policy import Policy
+from megatron_rpp.observe.log import RunLog
+from megatron_rpp.observe.rundir import RunDir, versions
+from megatron_rpp.placement import raise_together
+from megatron_rpp.resume import complete_steps, settings_digest
+from megatron_rpp.weights.families.registry import describe
+from megatron_rpp.weights.hf_io import open_hf, read_json
+from megatron_rpp.weights.live import LiveWeights, live_weights
+from megatron_rpp.weights.load import fill
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One rank of an open run. resumed_step: the checkpoint that the run goes on from, 0 for none."""
+
+    cfg: Config
+    world: World
+    groups: Groups
+    dir: RunDir
+    log: RunLog
+    resumed_step: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.groups.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return init.device_of(self.cfg, self.world)
+
+    @property
+    def deadline_s(self) -> float:
+        return self.cfg.run.deadline_s
+
+    @property
+    def digest(self) -> str:
+        """Of the settings that the numbers depend on."""
+        return settings_digest(asdict(self.cfg))
+
+    def together(self, what: str, call: Callable[[], None], *, here: bool) -> None:
+        """Run `call` where `here` is True while the other ranks wait; what goes wrong on one rank is raised on all."""
+        error: RppError | None = None
+        if here:
+            try:
+                call()
+            except RppError as raised:
+                error = raised
+            except OSError as raised:
+                error = CheckpointError(f"the file system refused: {raised}", where=what)
+        raise_together(error, groups=self.groups, what=what, deadline_s=self.deadline_s)
+
+
+@contextmanager
+def open_process(cfg: Config, *, can_resume: bool = False) -> Iterator[Process]:
+    """Join the run. Leaves the process groups closed and the run directory free, also after an error.
+
+    can_resume: whether the command knows how to go on from a checkpoint; run.resume then says whether it should.
+    Raises: RppError, on every rank when it happens on one.
+    """
+    with ExitStack() as stack:
+        world = World.from_env()
+        groups = init.start(cfg, world)
+        stack.callback(init.stop)
+        directory = RunDir(cfg.run.dir)
+        error, step = None, 0
+        if groups.rank == 0:
+            try:
+                stack.enter_context(RunDir.open(cfg.run.dir))
+                step = _step_to_resume(cfg, directory) if can_resume else 0
+            except RppError as raised:
+                error = raised
+        raise_together(error, groups=groups, what="open the run directory", deadline_s=cfg.run.deadline_s)
+        step = broadcast_object(step, groups.world_cpu, name="step to go on from", deadline_s=cfg.run.deadline_s)
+        log = stack.enter_context(RunLog(cfg.observe, directory if groups.rank == 0 else None, resumed_step=step))
+        process = Process(cfg, world, groups, directory, log, step)
+        process.together("write the run's settings", lambda: _write_settings(process), here=process.is_first)
+        yield process
+
+
+def _step_to_resume(cfg: Config, directory: RunDir) -> int:
+    steps = complete_steps(directory.checkpoints)
+    if cfg.run.resume == "must" and not steps:
+        raise CheckpointError(
+            "there is no complete checkpoint to go on from",
+            where=str(directory.checkpoints),
+            fix="set run.resume: auto to start anew, or run.dir to the directory of the run",
+        )
+    return steps[-1] if steps and cfg.run.resume != "never" else 0
+
+
+def _write_settings(process: Process) -> None:
+    process.dir.write_text("config.yaml", dump(process.cfg))
+    process.dir.write_json("versions.json", versions())
+    process.dir.write_json("patches.json", megatron_rpp_patches.report())
+
+
+def open_policy(
+    process: Process, *, cfg: Config | None = None, trainable: bool = True, hf: Path | None = None, total_steps: int | None = None
+) -> tuple[Policy, LiveWeights]:
+    """A Megatron model with the weights of an HF directory, and its parameters bound to the mapping. Collective.
+
+    cfg: another configuration than the process's. hf: default model.hf. total_steps: see Policy.from_config.
+    Raises: ConfigError, GeometryError, CheckpointError; on every rank when it happens on one.
+    """
+    cfg = cfg or process.cfg
+    hf = hf or cfg.model.hf
+    policy = Policy.from_config(cfg, process.groups, trainable=trainable, hf_dir=hf, total_steps=total_steps)
+    live = live_weights(describe(read_json(hf / "config.json")), policy.named_local(), process.groups, dtype=policy.dtype, deadline_s=process.deadline_s)
+    process.together(f"load {hf}", lambda: fill(live, open_hf(hf)), here=True)
+    policy.weights_changed()
+    return policy, live

@@ -1,0 +1,144 @@
+"""`rpp score`: judge the responses of a JSONL file with a reward, in order, without a model.
+
+A row is an object {"prompt", "response", "answer"}; prompt may be left out, answer may be a number. With `--json` one line
+comes out for each line that went in: {"line", "score"}, with "reward_failed" and "reason" when the verifier gave no score,
+or {"line", "bad_row": why}. Without it: a table of the rows that did not score, and the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from megatron_rpp.errors import DataError
+from megatron_rpp.reward.base import RewardInput, Verdict
+from megatron_rpp.reward.pool import RewardPool
+
+MAX_LISTED = 20
+_AHEAD = 64  # rows in flight: enough to keep the workers busy, few enough to stream a file of any length
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What became of one line: a verdict, or why it is not a row."""
+
+    line: int
+    verdict: Verdict | None
+    bad_row: str = ""
+
+    @property
+    def is_trouble(self) -> bool:
+        return self.verdict is None or self.verdict.reward_failed is not None
+
+    @property
+    def trouble(self) -> str:
+        return f"bad row: {self.bad_row}" if self.verdict is None else f"{self.verdict.reward_failed}: {self.verdict.reason}"
+
+    def as_json(self) -> str:
+        if self.verdict is None:
+            return json.dumps({"line": self.line, "bad_row": self.bad_row})
+        fields: dict[str, object] = {"line": self.line, "score": self.verdict.score}
+        if self.verdict.reward_failed:
+            fields |= {"reward_failed": self.verdict.reward_failed, "reason": self.verdict.reason}
+        return json.dumps(fields)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reward", required=True, metavar="NAME", help="exact, arithmetic, math or package.module:function")
+    parser.add_argument("--input", required=True, type=Path, metavar="FILE.jsonl", help='rows {"prompt", "response", "answer"}')
+    parser.add_argument("--json", action="store_true", help="one JSON line for each row instead of a table")
+    parser.add_argument("--timeout-s", type=float, default=10.0, help="wall clock of one verifier call (default 10)")
+    parser.add_argument("--num-workers", type=int, default=2, help="verifier processes (default 2)")
+
+
+def run(args: argparse.Namespace, out: TextIO | None = None) -> int:
+    """Print the scores. Returns the exit status: 1 when a row was bad or a verifier failed. Raises: DataError, RewardError."""
+    out = sys.stdout if out is None else out
+    if not args.input.is_file():
+        raise DataError("there is no such file", where=str(args.input))
+    with RewardPool(args.reward, args.timeout_s, args.num_workers) as pool:
+        scored = score_lines(args.input, pool)
+        try:
+            return _write_json(scored, out) if args.json else _write_table(scored, out)
+        except BrokenPipeError:  # `rpp score ... | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # or the interpreter's last flush raises again
+            return 1
+
+
+def score_lines(path: Path, pool: RewardPool) -> Iterator[Scored]:
+    """Every non-blank line of the file with its verdict, in order."""
+    waiting: deque[tuple[int, Future[Verdict] | str]] = deque()
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            item = _parse(line)
+            waiting.append((number, item if isinstance(item, str) else pool.submit(item)))
+            if len(waiting) > _AHEAD:
+                yield _finish(*waiting.popleft())
+    while waiting:
+        yield _finish(*waiting.popleft())
+
+
+def _finish(line: int, outcome: Future[Verdict] | str) -> Scored:
+    return Scored(line, None, outcome) if isinstance(outcome, str) else Scored(line, outcome.result())
+
+
+def _parse(line: bytes) -> RewardInput | str:
+    """The row, or why there is none."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    if not isinstance(row, dict):
+        return f"a JSON {type(row).__name__}, expected an object"
+    fields = {"prompt": "", **row}
+    answer = row.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        fields["answer"] = str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
+    for name in ("prompt", "response", "answer"):
+        if name not in fields:
+            return f"field {name!r} is missing"
+        if not isinstance(fields[name], str):
+            return f"{name!r} is of type {type(fields[name]).__name__}, expected text"
+    return RewardInput(fields["prompt"], fields["response"], fields["answer"])
+
+
+def _write_json(scored: Iterable[Scored], out: TextIO) -> int:
+    status = 0
+    for row in scored:
+        out.write(row.as_json() + "\n")
+        out.flush()
+        status |= row.is_trouble
+    return status
+
+
+def _write_table(scored: Iterable[Scored], out: TextIO) -> int:
+    total, count, troubles = 0.0, 0, []
+    for row in scored:
+        if row.verdict is not None:
+            total, count = total + row.verdict.score, count + 1
+        if row.is_trouble:
+            troubles.append(row)
+    lines = [f"line {row.line:>6}  {row.trouble}" for row in troubles[:MAX_LISTED]]
+    if len(troubles) > MAX_LISTED:
+        lines.append(f"... and {len(troubles) - MAX_LISTED} more; --json lists all")
+    lines += [
+        f"rows scored  {count}",
+        f"rows failed  {sum(row.verdict is not None for row in troubles)}",
+        f"bad rows     {sum(row.verdict is None for row in troubles)}",
+        f"mean score   {total / count:.4f}" if count else "mean score   none",
+    ]
+    out.write("\n".join(lines) + "\n")
+    out.flush()
+    return int(bool(troubles))

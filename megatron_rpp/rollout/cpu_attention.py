@@ -1,0 +1,68 @@
+"""Decode attention for a whole batch at once, for engines on a CPU.
+
+SGLang's torch_native backend calls torch once for each sequence and layer; with the models one runs on a CPU those calls
+are more than half of a decode step. Here sequences whose lengths round up to the same multiple go together. A sequence's
+padded length is its own affair, and attention treats each row of a batch alone, so results still do not depend on who
+else is in the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.attention.attention_registry import register_attention_backend
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+LENGTH_STEP = 64
+
+
+class BatchedDecodeBackend(TorchNativeAttnBackend):
+    """torch_native with another decode."""
+
+    def _run_sdpa_forward_decode(  # noqa: PLR0913 SGLang's signature
+        self,
+        query: Tensor,
+        output: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        req_to_token: Tensor,
+        req_pool_indices: Tensor,
+        seq_lens: Tensor,
+        encoder_lens: Tensor | None = None,
+        scaling: float | None = None,
+        enable_gqa: bool = False,
+        causal: bool = False,
+        is_cross_attn: bool = False,
+        sliding_window_size: int | None = None,
+    ) -> Tensor:
+        """Shapes: query, output [B, H, D]; caches [tokens, H_kv, D]; req_to_token [requests, positions]; seq_lens [B]."""
+        if encoder_lens is not None or (sliding_window_size or -1) > -1 or query.dtype != k_cache.dtype:
+            named = {"encoder_lens": encoder_lens, "scaling": scaling, "enable_gqa": enable_gqa, "causal": causal}
+            named |= {"is_cross_attn": is_cross_attn, "sliding_window_size": sliding_window_size}
+            return super()._run_sdpa_forward_decode(
+                query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, **named
+            )
+        padded = (seq_lens + LENGTH_STEP - 1) // LENGTH_STEP * LENGTH_STEP
+        for length in padded.unique().tolist():
+            rows = (padded == length).nonzero().squeeze(1)
+            is_there = torch.arange(length) < seq_lens[rows, None]  # [B, length]
+            slots = torch.where(is_there, req_to_token[req_pool_indices[rows], :length], 0).flatten()
+            keys, values = (_gather(cache, slots, length) for cache in (k_cache, v_cache))
+            mask = is_there[:, None, None, :]
+            attended = scaled_dot_product_attention(
+                query[rows].unsqueeze(2), keys, values, attn_mask=mask, scale=scaling, enable_gqa=enable_gqa
+            )
+            output[rows] = attended.squeeze(2)
+        return output
+
+
+def _gather(cache: Tensor, slots: Tensor, length: int) -> Tensor:
+    """[tokens, H_kv, D] -> [B, H_kv, length, D]. Whole rows are copied, which is what makes it quick."""
+    rows = cache.view(cache.shape[0], -1).index_select(0, slots)
+    return rows.view(-1, length, *cache.shape[1:]).transpose(1, 2)
+
+
+def register() -> None:
+    """Stand in for `torch_native`, under its name: SGLang asks for the name elsewhere too."""
+    register_attention_backend("torch_native")(BatchedDecodeBackend)

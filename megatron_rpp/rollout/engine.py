@@ -1,0 +1,326 @@
+"""The client of one engine: starts its process, samples, scores, and brings it new weights.
+
+One thread of the leader rank uses it. Every wait has a deadline, every reply is checked, and every response carries the
+version of the weights that sampled it. An engine whose update failed halfway is dead for good: its weights are a mixture.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from megatron_rpp.errors import DeadlineError, EngineError, StaleWeightsError
+from megatron_rpp.rollout.memory import Bucket, Outbox
+from megatron_rpp.rollout.process import EngineProcess
+from megatron_rpp.rollout.request import Completion, Request
+from megatron_rpp.rollout.settings import SOCKET_NAME, EngineSettings
+
+POLL_S = 0.25  # how often a wait looks whether the process is still alive
+CLOSE_S = 10.0
+REPLY_S = 60.0  # for requests that need no model
+UPDATE_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine said of itself when it started. is_seeded: equal seeds give equal tokens, whatever else is in the batch."""
+
+    pid: int
+    reports: tuple[dict[str, Any], ...]  # one for each process: pid, role, rank, patches
+    is_seeded: bool
+    start_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The last sign of life. quiet_s: how long SGLang's workers had sent nothing; in_flight: as the server counts."""
+
+    received: float
+    in_flight: int
+    quiet_s: float
+
+    def describe(self) -> str:
+        age_s = time.monotonic() - self.received
+        return f"last beat {age_s:.1f} s ago: {self.in_flight} requests in flight, workers quiet for {self.quiet_s:.1f} s"
+
+
+class Engine:
+    """A running engine. Made by `Engine.start`; `close` it, or use it in a `with`."""
+
+    def __init__(self, settings: EngineSettings, log: Path) -> None:
+        self.settings, self.name = settings, settings.name
+        self.version: int | None = None
+        self.info: EngineInfo | None = None
+        self.in_flight: dict[str, Request] = {}
+        self.beat: Beat | None = None
+        self._launched = self._progress = time.monotonic()  # _progress: when tokens were last known to come
+        self._dead: str | None = None
+        self._ids = 0
+        self._replies: dict[int, dict[str, Any]] = {}
+        self._finished: list[Completion] = []
+        self._outbox = Outbox()
+        self._process = EngineProcess(settings, log)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(f"ipc://{self._process.folder / SOCKET_NAME}")
+
+    @classmethod
+    def start(
+        cls,
+        settings: EngineSettings,
+        *,
+        log: Path,
+        deadline_s: float,
+        version: int | None = None,
+        on_progress: Callable[[str], None] = lambda line: None,
+    ) -> Engine:
+        """`launch`, then `await_ready`."""
+        engine = cls.launch(settings, log=log)
+        engine.await_ready(deadline_s, version=version, on_progress=on_progress)
+        return engine
+
+    @classmethod
+    def launch(cls, settings: EngineSettings, *, log: Path) -> Engine:
+        """Start an engine's process and return while it loads; only `await_ready` and `close` may follow.
+
+        To be called on a thread that lives as long as the engine: the kernel ends the process with the thread that made it.
+        """
+        return cls(settings, log)
+
+    def await_ready(
+        self, deadline_s: float, *, version: int | None = None, on_progress: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Wait until the engine serves; the deadline counts from its launch. It is ended when it does not.
+
+        version: what the caller calls the weights of the HF directory; with None nothing can be sampled before an update.
+        on_progress: told what the start is at, in a line.
+        Raises: DeadlineError, EngineError (with the end of the log), also when a process runs without its patches.
+        """
+        try:
+            self._wait_until_ready(self._launched, deadline_s, on_progress)
+            hello = self._call("hello", REPLY_S, version=version)
+        except BaseException:
+            self._process.destroy()
+            raise
+        self.version = version
+        self.info = EngineInfo(self._process.pid, tuple(hello["reports"]), hello["is_seeded"], time.monotonic() - self._launched)
+        on_progress(f"{self.name}: ready after {self.info.start_s:.1f} s, {len(self.info.reports)} processes")
+
+    def _wait_until_ready(self, start: float, deadline_s: float, on_progress: Callable[[str], None]) -> None:
+        phase = "starting python"
+        while True:
+            elapsed_s = time.monotonic() - start
+            if elapsed_s > deadline_s:
+                raise DeadlineError(
+                    f"not ready after {deadline_s:g} s, still {phase}",
+                    where=f"start of {self.name}",
+                    expected="an engine that serves",
+                    got=self._process.tail(),
+                    fix="raise rollout.start_deadline_s if loading is really that slow",
+                )
+            message = self._receive(min(POLL_S, deadline_s))
+            if message is None:
+                continue
+            if message["event"] == "ready":
+                return
+            if message["event"] == "refused":
+                raise EngineError(f"the engine refused to serve: {message['error']}", where=self.name, got=self._process.tail())
+            phase = message["phase"]
+            on_progress(f"{self.name}: {phase} ({elapsed_s:.1f} s)")
+
+    def submit(self, requests: Sequence[Request], *, version: int) -> None:
+        """Start sampling; the completions come out of `poll`.
+
+        Raises: StaleWeightsError when the engine holds other weights than `version`; EngineError.
+        """
+        if version != self.version:
+            raise StaleWeightsError(
+                "the engine holds other weights",
+                where=self.name,
+                expected=f"version {version}",
+                got="no version, an update is needed first" if self.version is None else f"version {self.version}",
+                fix="publish the weights before generating",
+            )
+        if not self.in_flight:
+            self._progress = time.monotonic()
+        self.in_flight |= {request.key: request for request in requests}
+        wire = [{"key": each.key, "tokens": list(each.tokens), "sampling": each.sampling.to_sglang(each.seed)} for each in requests]
+        self._call("generate", REPLY_S, requests=wire, version=version)
+
+    def poll(self, timeout_s: float) -> list[Completion]:
+        """What has finished, waiting at most timeout_s for the first. Raises: EngineError when a request failed or the engine died."""
+        limit = time.monotonic() + timeout_s
+        self._check_alive()
+        while not self._finished and (remaining_s := limit - time.monotonic()) > 0:
+            self._dispatch(self._receive(min(POLL_S, remaining_s)))
+        while self._socket.poll(0):
+            self._dispatch(self._receive(0))
+        finished, self._finished = self._finished, []
+        return finished
+
+    def generate(self, requests: Sequence[Request], *, version: int, quiet_deadline_s: float) -> Iterator[Completion]:
+        """Sample all requests, yielding each completion as soon as it is there.
+
+        quiet_deadline_s: longest time without any sign of progress.
+        """
+        self.submit(requests, version=version)
+        waiting = {request.key for request in requests}
+        while waiting:
+            for completion in self.poll(POLL_S):
+                waiting.discard(completion.key)
+                yield completion
+            if self.quiet_s > quiet_deadline_s:
+                raise self.stalled("generate", quiet_deadline_s)
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds without a sign of progress; 0 when nothing is in flight."""
+        return time.monotonic() - self._progress if self.in_flight else 0.0
+
+    def stalled(self, where: str, limit_s: float) -> DeadlineError:
+        """The error of a wait that saw no progress: engine, requests in flight, last sign of life."""
+        keys = sorted(self.in_flight)
+        named = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+        return DeadlineError(
+            f"{self.name} made no progress for {limit_s:g} s",
+            where=where,
+            expected=f"responses to {named}",
+            got=f"{self.describe_beat()}; {self._process.tail()}",
+            fix="raise run.deadline_s if single responses really take that long",
+        )
+
+    def describe_beat(self) -> str:
+        """The last sign of life, for an error message."""
+        return self.beat.describe() if self.beat is not None else f"{self.name} never beat"
+
+    def score(self, sequences: Sequence[Sequence[int]], *, deadline_s: float = UPDATE_S) -> list[list[float]]:
+        """Log-probability, at temperature 1, of each token given those before it; 0 for the first of a sequence."""
+        return self._call("score", deadline_s, sequences=[list(tokens) for tokens in sequences])
+
+    @contextmanager
+    def update(self, version: int, *, deadline_s: float = UPDATE_S) -> Iterator[Callable[[Bucket], None]]:
+        """Bring new weights: `with engine.update(version) as load: load([(hf_name, tensor), ...])`, as often as needed.
+
+        Every tensor of the HF directory must come exactly once, whole, under its HF name. On leaving the block the
+        coverage is checked and the engine takes the version. deadline_s: for each bucket.
+        Raises: EngineError; DeadlineError; after any error inside, the engine is dead.
+        """
+        self._check_alive()
+        is_open = True
+
+        def load(bucket: Bucket) -> None:
+            if not is_open:
+                raise EngineError("load outside of a weight update", where=self.name, fix="call it inside `with engine.update(...)`")
+            try:
+                self._call("load", deadline_s, bucket=self._outbox.pack(bucket))
+            except BaseException as error:
+                self._dead = f"the update to version {version} failed: {error}"  # also if the caller catches this
+                raise
+
+        self.version = None
+        try:
+            self._call("begin", deadline_s)
+            yield load
+            self._call("end", deadline_s, version=version)
+        except BaseException as error:
+            self._dead = f"the update to version {version} failed: {error}"
+            raise
+        finally:
+            is_open = False
+        self.version = version
+
+    def release(self, *tags: str) -> None:
+        """Give accelerator memory back: "kv_cache", "weights". Does nothing on a CPU, which has no memory saver."""
+        if self.settings.device == "cuda":
+            self._call("release", UPDATE_S, tags=list(tags))
+            self.version = None if "weights" in tags else self.version
+
+    def resume(self, *tags: str) -> None:
+        """Take released memory again; weights come back empty and need an update. Does nothing on a CPU."""
+        if self.settings.device == "cuda":
+            self._call("resume", UPDATE_S, tags=list(tags))
+
+    def checksum(self) -> list[dict[str, Any]]:
+        """One entry for each rank of the engine: SGLang's checksum of every tensor."""
+        return self._call("checksum", UPDATE_S)
+
+    def abort(self) -> None:
+        """End all requests in flight; they come out of `poll` with finish_reason "abort"."""
+        self._call("abort", REPLY_S)
+
+    def close(self) -> None:
+        """End the engine, gently if it still listens. Returns when none of its processes is left. Safe to call again."""
+        if self._socket.closed:
+            return
+        if self._process.is_alive:
+            self._socket.send_string(json.dumps({"id": 0, "op": "shutdown", "args": {}}), zmq.NOBLOCK)
+            self._process.wait(CLOSE_S)
+        self._process.destroy()
+        self._socket.close()
+        self._context.term()
+        self._outbox.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, op: str, deadline_s: float, **args: Any) -> Any:
+        """One request and its answer; completions that come meanwhile are kept for `poll`."""
+        self._check_alive()
+        self._ids += 1
+        request_id = self._ids
+        self._socket.send_string(json.dumps({"id": request_id, "op": op, "args": args}))
+        limit = time.monotonic() + deadline_s
+        while request_id not in self._replies:
+            if time.monotonic() > limit:
+                self._dead = f"no answer to {op}"
+                raise self.stalled(op, deadline_s)
+            self._dispatch(self._receive(POLL_S))
+        reply = self._replies.pop(request_id)
+        if "error" in reply:
+            raise EngineError(f"{op} failed: {reply['error']}", where=self.name)
+        return reply["result"]
+
+    def _receive(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next message, or None. Raises: EngineError when nothing came and the process has ended."""
+        if self._socket.poll(timeout_s * 1000):
+            return json.loads(self._socket.recv())
+        if not self._process.is_alive:
+            self._dead = self._dead or "its process ended"
+            raise self._process.died()
+        return None
+
+    def _dispatch(self, message: dict[str, Any] | None) -> None:
+        if message is None:
+            return
+        event = message.get("event")
+        if event is None:
+            self._replies[message["id"]] = message
+        elif event == "beat":
+            self.beat = Beat(time.monotonic(), message["in_flight"], message["quiet_s"])
+            self._progress = max(self._progress, self.beat.received - self.beat.quiet_s)
+        elif event == "finished":
+            key = message["key"]
+            del self.in_flight[key]
+            self._progress = time.monotonic()
+            done = Completion(key, tuple(message["tokens"]), tuple(message["logp"]), message["finish_reason"], message["version"])
+            self._finished.append(done)
+        else:
+            del self.in_flight[message["key"]]
+            raise EngineError(f"request {message['key']} failed: {message['error']}", where=self.name, got=self._process.tail())
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineError(f"the engine is dead: {self._dead}", where=self.name, fix="close it and start another")
+        if not self._process.is_alive:
+            raise self._process.died()

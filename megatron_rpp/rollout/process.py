@@ -1,0 +1,92 @@
+"""The engine's process as its owner sees it: start it, ask whether it lives, quote its log, leave nothing of it behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+
+from megatron_rpp.errors import EngineError
+from megatron_rpp.rollout.settings import FOLDER_VARIABLE, EngineSettings, environment
+
+TAIL_LINES = 15
+KILL_WAIT_S = 5.0
+
+
+class EngineProcess:
+    """`python -m megatron_rpp.rollout.server` in a session of its own, with a private folder for its socket and reports."""
+
+    def __init__(self, settings: EngineSettings, log: Path) -> None:
+        self.name, self.log = settings.name, log
+        self.folder = Path(tempfile.mkdtemp(prefix="rpp-"))  # mode 0700, and short: a socket's path ends at 107 characters
+        log.parent.mkdir(parents=True, exist_ok=True)
+        env = environment(settings, os.environ) | {FOLDER_VARIABLE: str(self.folder)}
+        command = [sys.executable, "-m", "megatron_rpp.rollout.server", json.dumps(asdict(settings)), str(os.getpid())]
+        with open(log, "ab") as output:
+            self._popen = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        self.pid = self._popen.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._popen.poll() is None
+
+    def died(self) -> EngineError:
+        """The error to raise when it is not alive, with the end of its log."""
+        code = self._popen.returncode
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return EngineError(
+            f"the engine's process ended ({how})",
+            where=self.name,
+            expected="a live engine",
+            got=self.tail(),
+            fix=f"read {self.log}; the first error in it is the cause",
+        )
+
+    def tail(self) -> str:
+        """The last lines of the log, indented for an error message."""
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        except FileNotFoundError:
+            lines = []
+        return f"end of {self.log}:" + "".join(f"\n    {line}" for line in lines)
+
+    def members(self) -> list[int]:
+        """Pids of all processes of the engine's session that still run."""
+        found = []
+        for process in psutil.process_iter(["pid", "status"]):
+            try:
+                if process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == self.pid:
+                    found.append(process.pid)
+            except ProcessLookupError:
+                continue
+        return found
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it ended by itself in time."""
+        try:
+            self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def destroy(self) -> None:
+        """Kill what is left of it, wait until all of it is gone, remove the folder. Safe to call again."""
+        for pid in self.members():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._popen.wait()
+        limit = time.monotonic() + KILL_WAIT_S
+        while self.members() and time.monotonic() < limit:
+            time.sleep(0.05)
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,93 @@
+"""The work shared by all engines: whoever is free takes the next prompt, so a slow prompt holds nobody else.
+
+A torch store is the only thing shared. It is torch.distributed's, but no process group is involved: leaders may differ in
+speed and may be alone. Which leader takes which prompt is chance, and seeds make it of no consequence.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+
+from megatron_rpp.dist.deadline import Heartbeat, deadline
+from megatron_rpp.errors import DeadlineError
+
+STORE_S = 60.0  # longest wait for one answer of the store
+BEAT_EVERY_S = 1.0
+WAIT_EVERY_S = 0.05
+
+
+def open_store(host: str, port: int, *, is_host: bool, deadline_s: float) -> TCPStore:
+    """A store for the queue; one process hosts it, with port 0 on a free one (`store.port`). Raises: DeadlineError."""
+    with deadline("open the roll-out queue", deadline_s, waiting_for=f"the store of the first leader at {host}:{port}"):
+        return TCPStore(host, port, None, is_host, timedelta(seconds=deadline_s), wait_for_workers=False)
+
+
+class WorkQueue:
+    """Hands out 0 .. num_items - 1, each once over all leaders. Every leader opens the same rounds in the same order.
+
+    store: shared by all leaders; None serves a single one.
+    """
+
+    def __init__(self, store: Store | None = None, *, leader: int = 0, num_leaders: int = 1) -> None:
+        self.leader, self.num_leaders = leader, num_leaders
+        self._store = PrefixStore("rollout-queue", HashStore() if store is None else store)
+        self._heartbeat = Heartbeat(self._store, leader)
+        self._round, self._num_items, self._last_beat = 0, 0, 0.0
+
+    def open(self, num_items: int) -> None:
+        """Begin the next round."""
+        self._round += 1
+        self._num_items = num_items
+
+    def claim(self) -> int | None:
+        """The next item, now this leader's own; None when all are taken. Raises: DeadlineError when the store is gone."""
+        with self._patience("claim a prompt"):
+            item = self._store.add(f"{self._round}/claimed", 1) - 1
+        return item if item < self._num_items else None
+
+    def finish(self) -> None:
+        """One of this leader's items is done."""
+        with self._patience("report a prompt as done"):
+            self._store.add(f"{self._round}/done", 1)
+
+    def beat(self, doing: str) -> None:
+        """Tell the other leaders that this one lives, at most once a second."""
+        if time.monotonic() - self._last_beat > BEAT_EVERY_S:
+            with self._patience("beat"):
+                self._heartbeat.beat(doing)
+            self._last_beat = time.monotonic()
+
+    def wait(self, silence_s: float) -> None:
+        """Return when every item is done.
+
+        silence_s: how long another leader may be silent before it is given up; one that beats may take as long as it needs.
+        Raises: DeadlineError naming the silent leader and what it was doing.
+        """
+        start = time.monotonic()
+        while True:
+            with self._patience("wait for the other leaders"):
+                if self._store.add(f"{self._round}/done", 0) >= self._num_items:
+                    return
+                self._check_peers(silence_s, time.monotonic() - start)
+            self.beat("waiting for the other leaders")
+            time.sleep(WAIT_EVERY_S)
+
+    def _check_peers(self, silence_s: float, waited_s: float) -> None:
+        for peer in range(self.num_leaders):
+            seen = self._heartbeat.last(peer)
+            silent_s = waited_s if seen is None else min(seen[0], waited_s)
+            if peer != self.leader and silent_s > silence_s:
+                done = self._store.add(f"{self._round}/done", 0)
+                raise DeadlineError(
+                    f"leader {peer} has been silent for {silent_s:.0f} s",
+                    where="wait for the other engines' responses",
+                    expected=f"{self._num_items} prompts done",
+                    got=f"{done} done; {self._heartbeat.describe((peer,))}",
+                    fix="look at that leader's log; its first error is the cause",
+                )
+
+    def _patience(self, name: str):  # noqa: ANN202 the context manager of dist.deadline
+        return deadline(name, STORE_S, rank=self.leader, waiting_for="the store of the first leader, whose process may have ended")

@@ -1,0 +1,53 @@
+"""What goes to an engine and what comes back, in plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rpp.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy, and its log-probabilities are those of temperature 1.
+
+    stop_token_ids end a response besides the model's own end tokens, and are part of it.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1: all
+    stop_token_ids: tuple[int, ...] = ()
+
+    def to_sglang(self, seed: int) -> dict[str, object]:
+        """SGLang's sampling parameters of one request."""
+        return {
+            "max_new_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "stop_token_ids": list(self.stop_token_ids) or None,
+            "sampling_seed": seed,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One response to sample. key: names it in the completion and in errors, unique among those in flight."""
+
+    key: str
+    tokens: tuple[int, ...]
+    seed: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request. logp: of each token at the sampling temperature, before top-p and top-k cut anything off."""
+
+    key: str
+    tokens: tuple[int, ...]
+    logp: tuple[float, ...]
+    finish_reason: FinishReason
+    version: int

@@ -1,0 +1,47 @@
+"""Supervised warm-up through the same Megatron policy that is trained afterwards, from an HF directory to an HF directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_rpp.config.schema import Config
+from megatron_rpp.data.examples import load_examples
+from megatron_rpp.data.packing import pack_groups
+from megatron_rpp.data.prompts import PromptStream
+from megatron_rpp.data.template import load_tokenizer
+from megatron_rpp.errors import ConfigError, NumericsError
+from megatron_rpp.process import open_policy, open_process
+from megatron_rpp.weights.export import export_hf
+
+
+def supervise(cfg: Config) -> None:
+    """Teach `cfg.model.hf` the examples of `cfg.sft.train` for `cfg.sft.steps` steps; write the result to `cfg.sft.out`.
+
+    loss = mean over the response tokens of the step of -logp;  the learning rate falls along a cosine to optim.min_lr.
+    Raises: ConfigError, DataError, NumericsError; CheckpointError when the result cannot be written.
+    """
+    _check(cfg)
+    tokenizer = load_tokenizer(cfg.model.hf)
+    examples = load_examples(cfg.data, tokenizer, cfg.sft.train, max_tokens=cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens)
+    optim = replace(cfg.optim, lr=cfg.sft.lr, warmup_steps=cfg.sft.warmup_steps, schedule="cosine")
+    with open_process(cfg) as process:
+        policy, live = open_policy(process, cfg=replace(cfg, optim=optim), total_steps=cfg.sft.steps)
+        stream = PromptStream(examples.prompts, cfg.run.seed)
+        for step in range(1, cfg.sft.steps + 1):
+            taken = [examples.group_of[prompt.uid] for prompt in stream.take(min(cfg.sft.batch_sequences, len(stream)))]
+            stats = policy.supervise(pack_groups(taken, process.groups.coords.dp, process.groups.dp_size))
+            if not stats.is_finite:
+                raise NumericsError("the supervised loss or its gradient is not finite", where=f"step {step}", got=stats.loss, fix="lower sft.lr")
+            process.log.sft(step, cfg.sft.steps, {"sft/loss": stats.loss, "sft/grad_norm": stats.grad_norm, "sft/lr": stats.values["lr"]})
+        export_hf(live, cfg.sft.out, source=cfg.model.hf, deadline_s=cfg.run.deadline_s)
+
+
+def _check(cfg: Config) -> None:
+    missing = [name for name in ("train", "out") if getattr(cfg.sft, name) is None]
+    if missing or cfg.sft.steps < 1:
+        raise ConfigError(
+            "rpp sft needs to know what to learn, for how long, and where to write it",
+            where="sft",
+            expected="sft.train, sft.out and sft.steps >= 1",
+            got=f"missing: {', '.join(missing) or 'none'}; steps: {cfg.sft.steps}",
+        )

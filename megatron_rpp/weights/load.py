@@ -1,0 +1,35 @@
+"""HF directory -> running model: every rank reads its own rectangles and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_rpp.weights.hf_io import HFCheckpoint
+from megatron_rpp.weights.live import LiveWeights
+from megatron_rpp.weights.rect import Local, view
+
+
+def fill(live: LiveWeights, checkpoint: HFCheckpoint) -> None:
+    """Overwrites the live parameters of this rank with the weights of an HF directory, cast to the live dtype. Not collective.
+
+    An optimizer that keeps its own copy of the parameters must be told afterwards (Megatron: reload_model_params()).
+    Raises: CheckpointError when the directory does not hold exactly the model's tensors in its shapes.
+    """
+    model = live.layout.model
+    # A tied model may come with a head that HF ignores, and so do we.
+    checkpoint.check(model.hf_shapes, (*model.ignored, *(("lm_head.weight",) if model.dims.is_tied else ())))
+    fill_locals(live.locals, live.tensors, checkpoint)
+
+
+def fill_locals(locals_: Iterable[Local], tensors: Mapping[str, Tensor], checkpoint: HFCheckpoint) -> None:
+    """The same for any list of locals and their tensors. What no HF tensor covers (padding of the vocabulary) becomes 0."""
+    with torch.no_grad():
+        for local in locals_:
+            tensor = tensors[local.name]
+            if local.has_padding:
+                tensor.zero_()
+            for piece in local.pieces:
+                view(tensor, piece, piece.rect).copy_(checkpoint.read(piece.rect))

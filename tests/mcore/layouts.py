@@ -1,0 +1,134 @@
+"""What one layout computes, for every kind of model, in one spawn: the tests compare the answers with transformers'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rpp.data.packing import select
+from megatron_rpp.dist.groups import Groups
+from megatron_rpp.types import UpdateStats
+from tests.dist.ranks import run_ranks
+from tests.mcore import tiny
+
+TEMPERATURE = 0.7
+
+LAYOUTS = {
+    "tp1": {},
+    "tp2": dict(tp=2),
+    "pp2": dict(pp=2),
+    "pp2 vpp2": dict(pp=2, vpp=2),
+    "tp2 pp2": dict(tp=2, pp=2),
+    "dp2": dict(dp=2),
+}
+
+
+@dataclass
+class Answer:
+    """What rank 0 of a layout returns for one model. logits_TV and logp_T are in the order of the whole batch (dp 1 only)."""
+
+    logp_T: Tensor
+    logits_TV: Tensor | None = None
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    stats: UpdateStats | None = None
+    is_same_on_all_ranks: bool = True
+
+
+@cache
+def answers(layout: str, root: Path) -> dict[str, Answer]:
+    """Each kind of model under one layout. Spawns once for a layout and keeps the answers."""
+    sizes = LAYOUTS[layout]
+    world = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("dp", 1)
+    return run_ranks(world, _worker, root, sizes, init=False, timeout_s=240.0)[0]
+
+
+def _worker(rank: int, root: Path, sizes: dict[str, int]) -> dict[str, Answer]:
+    found = {}
+    with tiny.megatron(tiny.make_config(root / "qwen3", **sizes)) as groups:
+        for kind in tiny.KINDS:
+            found[kind] = _answer(root / kind, groups, sizes)
+    return found
+
+
+def _answer(hf: Path, groups: Groups, sizes: dict[str, int]) -> Answer:
+    minibatches = 2
+    cfg = tiny.make_config(hf, algo=dict(minibatches=minibatches), optim=dict(distributed=False), **sizes)
+    policy = tiny.open_policy(cfg, groups)
+    batch, adv_T = tiny.make_batch(tiny.make_groups(), groups.coords.dp, groups.dp_size, num_minibatches=minibatches)
+    answer = Answer(policy.logprobs(batch, temperature=TEMPERATURE))
+    answer.logits_TV = _logits(policy, batch)
+    answer.stats = policy.update(batch, adv_T, cfg.algo, temperature=TEMPERATURE, objective=tiny.surrogate)
+    answer.gradients = tiny.weights_as_hf(policy, cfg, of="gradients")
+    answer.weights = tiny.weights_as_hf(policy, cfg)
+    answer.is_same_on_all_ranks = _agree(answer, groups)
+    return answer
+
+
+def _logits(policy, batch) -> Tensor | None:
+    """All logits, by the stock end of the model, through the same schedule; on the ranks of the last stage."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from megatron_rpp.mcore import forward
+
+    parts: list[tuple[Tensor, Tensor]] = []
+
+    def keep(microbatch, output_1TV: Tensor, non_loss_data: bool = False) -> None:
+        logits_TV = gather_from_tensor_model_parallel_region(output_1TV)[0, : microbatch.batch.num_tokens, : tiny.VOCAB]
+        parts.append((microbatch.source_T, logits_TV))
+
+    asked = [replace(microbatch, query=None) for microbatch in policy._packing.microbatches(batch, 1.0)]
+    with torch.no_grad():
+        forward._run(policy._wrapped, asked, keep, forward_only=True)
+    logits_TV = torch.zeros(batch.num_tokens, tiny.VOCAB)
+    for index, values in parts:
+        logits_TV[index] = values
+    dist.broadcast(logits_TV, group=policy.groups.pp, group_src=policy.groups.pp_size - 1)
+    return logits_TV
+
+
+def _agree(answer: Answer, groups: Groups) -> bool:
+    """Log-probabilities on the ranks of one replica, and statistics on all ranks, are the same bits."""
+    from megatron_rpp.dist.collectives import gather_objects
+
+    shares = gather_objects((groups.coords.dp, answer.logp_T, answer.stats), groups.world_cpu)
+    return all(stats == answer.stats and (dp != groups.coords.dp or torch.equal(logp_T, answer.logp_T)) for dp, logp_T, stats in shares)
+
+
+def empty_rank(rank: int, root: Path) -> dict[str, object]:
+    """dp 2 with one response: rank 1 has no sequence. Then with a sequence whose mask is empty."""
+    groups_of_one = tiny.make_groups(num_prompts=1, samples=1, seed=5)
+    cfg = tiny.make_config(root / "qwen3", dp=2)
+    with tiny.megatron(cfg) as groups:
+        policy = tiny.open_policy(cfg, groups)
+        batch, adv_T = tiny.make_batch(groups_of_one, groups.coords.dp, 2)
+        logp_T = policy.logprobs(batch)
+        first = policy.update(batch, adv_T, cfg.algo, objective=tiny.surrogate)
+        masked, adv_T = tiny.make_batch(groups_of_one, 0, 2)
+        if rank == 1:
+            masked = replace(masked, mask_T=torch.zeros_like(masked.mask_T))
+        second = policy.update(masked, adv_T, cfg.algo, objective=tiny.surrogate)
+        return {"tokens": batch.num_tokens, "logp": logp_T.numel(), "stats": (first, second), "weights": tiny.weights_as_hf(policy, cfg)}
+
+
+def other_cuts(rank: int, root: Path) -> dict[int, tuple[UpdateStats, dict[str, Tensor]]]:
+    """The same batch in micro-batches of 1, 40, 100 and 10000 tokens, and with its sequences in reverse order (0)."""
+    found = {}
+    with tiny.megatron(tiny.make_config(root / "qwen3")) as groups:
+        for tokens in (1, 40, 100, 10000, 0):
+            cfg = tiny.make_config(root / "qwen3", optim=dict(microbatch_tokens=tokens or 100, distributed=False))
+            policy = tiny.open_policy(cfg, groups)
+            batch, adv_T = tiny.make_batch(tiny.make_groups())
+            if tokens == 0:
+                from megatron_rpp.data.packing import token_index
+
+                order = tuple(reversed(range(batch.num_sequences)))
+                adv_T, batch = adv_T[token_index(batch.cu_len_S1, order)], select(batch, order)
+            stats = policy.update(batch, adv_T, cfg.algo, objective=tiny.surrogate)
+            found[tokens] = (stats, tiny.weights_as_hf(policy, cfg, of="gradients"))
+    return found

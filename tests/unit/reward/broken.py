@@ -1,0 +1,3 @@
+"""A reward module that does not load."""
+
+raise RuntimeError("broken on import")
