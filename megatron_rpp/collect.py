@@ -68,7 +68,7 @@ class Collector:
                 error = raised
         raise_together(error, groups=self.groups, what=f"roll-out {name or step}", deadline_s=self.deadline_s)
         shares = gather_objects(mine, self.groups.world_cpu, name=f"responses of roll-out {name or step}", deadline_s=self.deadline_s)
-        return assemble(prompts, (response for share in shares for response in share), num_samples)
+        return assemble(prompts, [response for share in shares for response in share], num_samples)
 
 
 class _Scoring:

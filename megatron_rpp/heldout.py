@@ -25,10 +25,10 @@ class EvalResult:
     truncated_frac: float
     failed_frac: float
 
-    def as_metrics(self) -> dict[str, float]:
+    def as_metrics(self) -> dict[str, float | int]:
         return {
             "eval/accuracy": self.accuracy,
-            "eval/num_prompts": float(self.num_prompts),
+            "eval/num_prompts": self.num_prompts,
             "eval/response_tokens": self.response_tokens,
             "eval/truncated_frac": self.truncated_frac,
             "eval/reward_failed_frac": self.failed_frac,

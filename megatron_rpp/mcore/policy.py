@@ -125,6 +125,25 @@ class Policy:
         if self.optimizer is not None:
             self.optimizer.inner.reload_model_params()
 
+    def sleep(self) -> None:
+        """Free what training alone needs: gradient buffers, and optimiser state to the host. Weights stay. Nothing to do on a CPU.
+
+        float32 weights are the optimiser's own parameters: they would leave the device with its state, so it stays.
+        """
+        if self.optimizer is not None and self._packing.device.type == "cuda":
+            for chunk in self._wrapped:
+                chunk.offload_grad_buffers()
+            if self.dtype is not torch.float32:
+                self.optimizer.inner.offload_to_cpu()
+
+    def wake(self) -> None:
+        """Undo `sleep`; harmless without one."""
+        if self.optimizer is not None and self._packing.device.type == "cuda":
+            for chunk in self._wrapped:
+                chunk.restore_grad_buffers()
+            if self.dtype is not torch.float32:
+                self.optimizer.inner.restore_from_cpu()
+
     def _step(self, batch: PackedBatch, adv_T: Tensor, objective: Objective, temperature: float) -> tuple[Sums, StepResult]:
         from megatron_rpp.mcore.forward import run_loss
 

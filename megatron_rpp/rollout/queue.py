@@ -7,14 +7,15 @@ speed and may be alone. Which leader takes which prompt is chance, and seeds mak
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
 from megatron_rpp.dist.deadline import Heartbeat, deadline
-from megatron_rpp.errors import DeadlineError
+from megatron_rpp.errors import DeadlineError, EngineError
 
-STORE_S = 60.0  # longest wait for one answer of the store
 BEAT_EVERY_S = 1.0
 WAIT_EVERY_S = 0.05
 
@@ -43,20 +44,20 @@ class WorkQueue:
         self._num_items = num_items
 
     def claim(self) -> int | None:
-        """The next item, now this leader's own; None when all are taken. Raises: DeadlineError when the store is gone."""
-        with self._patience("claim a prompt"):
+        """The next item, now this leader's own; None when all are taken. Raises: EngineError when the store is gone."""
+        with self._asking("claim a prompt"):
             item = self._store.add(f"{self._round}/claimed", 1) - 1
         return item if item < self._num_items else None
 
     def finish(self) -> None:
         """One of this leader's items is done."""
-        with self._patience("report a prompt as done"):
+        with self._asking("report a prompt as done"):
             self._store.add(f"{self._round}/done", 1)
 
     def beat(self, doing: str) -> None:
         """Tell the other leaders that this one lives, at most once a second."""
         if time.monotonic() - self._last_beat > BEAT_EVERY_S:
-            with self._patience("beat"):
+            with self._asking("beat"):
                 self._heartbeat.beat(doing)
             self._last_beat = time.monotonic()
 
@@ -64,11 +65,11 @@ class WorkQueue:
         """Return when every item is done.
 
         silence_s: how long another leader may be silent before it is given up; one that beats may take as long as it needs.
-        Raises: DeadlineError naming the silent leader and what it was doing.
+        Raises: DeadlineError naming the silent leader and what it was doing; EngineError when the store is gone.
         """
         start = time.monotonic()
         while True:
-            with self._patience("wait for the other leaders"):
+            with self._asking("wait for the other leaders"):
                 if self._store.add(f"{self._round}/done", 0) >= self._num_items:
                     return
                 self._check_peers(silence_s, time.monotonic() - start)
@@ -89,5 +90,15 @@ class WorkQueue:
                     fix="look at that leader's log; its first error is the cause",
                 )
 
-    def _patience(self, name: str):  # noqa: ANN202 the context manager of dist.deadline
-        return deadline(name, STORE_S, rank=self.leader, waiting_for="the store of the first leader, whose process may have ended")
+    @contextmanager
+    def _asking(self, purpose: str) -> Iterator[None]:
+        try:
+            yield
+        except DistError as error:
+            raise EngineError(
+                "the roll-out queue is lost",
+                where=f"leader {self.leader}, {purpose}",
+                expected="an answer of the store that the first leader hosts",
+                got=str(error).partition("\n")[0],
+                fix="the first leader has probably ended; its log has the cause",
+            ) from error

@@ -37,12 +37,6 @@ def _linear(_: Any) -> type:
     return CPULinear
 
 
-def _column(_: Any) -> type:
-    from megatron_rpp_patches.megatron_core.spec.linear import CPUColumnParallelLinear
-
-    return CPUColumnParallelLinear
-
-
 def _probe() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -62,7 +56,7 @@ def _patch(number: int, noun: str, target: str, source: str | None, make: Callab
         make=make,
         why=why,
         probe=_probe,
-        test=f"test_spec_necessity.py::test_a_model_cannot_be_built_without[p08{number}-spec-{noun}]",
+        test=f"test_necessity.py::test_without_the_patch[p08{number}-spec-{noun}]",
     )
 
 
@@ -79,7 +73,4 @@ PATCHES = (
     _patch(2, "gpt-norm", f"{SPECS}:TENorm", BLOCK, _norm, "NameError: its import stands after one that fails"),
     _patch(3, "block-norm", NORM, None, _norm, "WrappedTorchNorm asserts that sequence parallel is off"),
     _patch(4, "mla-linear", f"{MLA}:TELinear", ASKS, _linear, "MLA asks by identity which class has its whole output on every rank"),
-    _patch(
-        5, "mla-column", f"{MLA}:TEColumnParallelLinear", ASKS, _column, "MLA asks by identity which class splits its output over ranks"
-    ),
 )

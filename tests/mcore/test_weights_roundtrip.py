@@ -19,11 +19,8 @@ from tests.mcore.hf import transformers as import_transformers
 from tests.unit.weights.oracle import megatron_shard
 
 LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
-    "tp2 pp2 vpp2": (dict(tp=2, pp=2, vpp=2), {}),
-    "pp2, one layer and three": (
-        dict(pp=2),
-        dict(num_layers_in_first_pipeline_stage=1, num_layers_in_last_pipeline_stage=3),
-    ),
+    "tp2 pp2 vpp2": ({"tp": 2, "pp": 2, "vpp": 2}, {}),
+    "pp2, one layer and three": ({"pp": 2}, {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3}),
 }
 HELD = {"tp2 pp2 vpp2": ([0, 2], [1, 3]), "pp2, one layer and three": ([0], [1, 2, 3])}
 

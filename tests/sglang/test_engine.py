@@ -36,7 +36,9 @@ def _worst_gap(model: nn.Module, asked: list[Request], done: dict, temperature: 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logp_of_sampled_tokens_is_that_of_the_hf_model_at_the_sampling_temperature(engine: Engine, model: nn.Module, temperature: float) -> None:
+def test_logp_of_sampled_tokens_is_that_of_the_hf_model_at_the_sampling_temperature(
+    engine: Engine, model: nn.Module, temperature: float
+) -> None:
     asked = tiny.requests(12, temperature=temperature, max_tokens=24)
     assert _worst_gap(model, asked, tiny.sample(engine, asked), temperature) < LOGP_TOLERANCE
 

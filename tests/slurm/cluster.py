@@ -129,7 +129,8 @@ def _daemon(cluster: Cluster, name: str, *arguments: str) -> subprocess.Popen[by
 
 
 def _idle_nodes(cluster: Cluster) -> int:
-    result = subprocess.run(["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"], env=cluster.env, capture_output=True, text=True)
+    command = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
+    result = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=START_S)
     return len(result.stdout.split())
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,14 +70,14 @@ def test_the_job_script_starts_one_rank_for_each_task_in_the_directory_of_sbatch
 
 @pytest.mark.slow
 def test_every_rank_is_told_before_the_time_limit(cluster: Cluster, job_dir: Path) -> None:
-    job = submit(cluster, job_dir, "--time=1", "--signal=USR1@55")  # Slurm looks at the clock every 30 s
+    job = submit(cluster, job_dir, "--time=1", "--signal=USR1@20")  # Slurm looks every 30 s: 10 to 40 s from now
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT", timeout_s=90) == "COMPLETED"
     assert record(job_dir)[:4] == [f"saved {task}" for task in range(4)]
 
 
 def test_one_rank_that_fails_ends_the_job(cluster: Cluster, job_dir: Path) -> None:
     python = job_dir / "python"
-    python.write_text(RECORDER.replace("for _", '[[ $SLURM_PROCID == 2 ]] && exit 7\nfor _'))
+    python.write_text(RECORDER.replace("for _", "[[ $SLURM_PROCID == 2 ]] && exit 7\nfor _"))
     job = submit(cluster, job_dir)
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=30) == "FAILED"
 
@@ -100,8 +101,6 @@ def test_the_job_script_says_what_it_needs(cluster: Cluster, job_dir: Path) -> N
 
 
 def wait_for_lines(job_dir: Path, count: int) -> None:
-    import time
-
     deadline = time.monotonic() + 30
     while len(record(job_dir)) < count:
         output = [path.read_text() for path in job_dir.glob("rpp-*.out")]

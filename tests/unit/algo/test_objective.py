@@ -36,7 +36,8 @@ def test_the_loss_by_hand() -> None:
     algo = Algo(kl_loss_coef=0.1, entropy_coef=0.01, minibatches=2)
     batch = packed([[1]], [0.0], old=[[-1.0 - math.log(1.5)]], ref=[[-3.0]])
     new_T = torch.tensor([-1.0], dtype=torch.float64)
-    loss, num_tokens, metrics = policy_objective(new_T, torch.tensor([0.5]), batch, torch.ones(1, dtype=torch.float64), algo)
+    one_T = torch.ones(1, dtype=torch.float64)
+    loss, num_tokens, metrics = policy_objective(new_T, one_T / 2, batch, one_T, algo)
     assert loss.item() == pytest.approx(-0.905, rel=1e-14)
     assert num_tokens.item() == 1
     expected = {

@@ -294,3 +294,30 @@ def test_a_file_that_vanished_after_opening_is_named(single: Path) -> None:
     (single / SINGLE).unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot read a\.weight"):
         checkpoint.read(Rect("a.weight", 0, 0, 1, 1))
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs: what was read or built, not what is merely mapped."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+
+def test_one_tensor_at_a_time_is_in_memory_while_writing_and_reading(tmp_path: Path, source: Path) -> None:
+    """24 tensors of 8 MB each way. Two at once are allowed: the caller's and the one being made."""
+    shapes = {f"w{i}.weight": (2048, 1024) for i in range(24)}
+    size, peak, before = 8 * 2**20, 0, anonymous_bytes()
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        nonlocal peak
+        for i, (name, shape) in enumerate(shapes.items()):
+            tensor = torch.full(shape, float(i))
+            peak = max(peak, anonymous_bytes() - before)
+            yield name, tensor
+
+    save_hf(tmp_path / "out", stream(), shapes=shapes, dtype=torch.float32, source=source, shard_bytes=10 * size)
+    with open_hf(tmp_path / "out") as checkpoint:
+        for i, name in enumerate(shapes):
+            tensor = checkpoint.read(Rect(name, 0, 0, 2048, 1024))
+            assert tensor[2047, 1023] == i
+            peak = max(peak, anonymous_bytes() - before)
+    assert peak < 3.5 * size

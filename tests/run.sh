@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The whole test suite on a CPU, one pytest process for each tier, fast tiers first.
+#
+#   tests/run.sh                   every tier below
+#   tests/run.sh unit guards       the named ones
+#   tests/run.sh unit -- -k clip   what follows -- goes to pytest
+#
+# A tier that collects no test has failed, and so has one that only skips when CI=true. The last line counts all tests.
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+all_tiers=(guards unit patches dist mcore slurm sglang e2e)
+limit_s=2400 # of one tier: a hang must not take the whole of CI's time
+
+tiers=()
+while (($#)) && [[ $1 != -- ]]; do
+    tiers+=("$1")
+    shift
+done
+(($#)) && shift # the --
+((${#tiers[@]})) || tiers=("${all_tiers[@]}")
+for tier in "${tiers[@]}"; do
+    if [[ ! " ${all_tiers[*]} " == *" $tier "* ]]; then
+        echo "no tier $tier; there are: ${all_tiers[*]}" >&2
+        exit 2
+    fi
+done
+
+bash "$root/tools/bootstrap.sh" || exit 1
+cd "$root" || exit 1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tiers start several processes on the same cores
+
+tally=$(mktemp -d)
+trap 'rm -rf "$tally"' EXIT
+passed=0 failed=0 skipped=0 report=""
+for tier in "${tiers[@]}"; do
+    printf '\n== %s\n' "$tier"
+    start=$SECONDS
+    timeout --foreground --signal=INT --kill-after=60 "$limit_s" "${RPP_VENV:-$root/.venv}/bin/python" -m pytest "tests/$tier" -q --tally "$tally/$tier" "$@"
+    code=$?
+    read -r p f s <<<"$(cat "$tally/$tier" 2>/dev/null || echo 0 0 0)"
+    note=""
+    case $code in
+        0) ;;
+        1) ((f)) || { f=1 note="pytest failed outside its tests"; } ;;
+        5) f=$((f + 1)) note="collected no test" ;;
+        124 | 137) f=$((f + 1)) note="did not end within $limit_s s" ;;
+        *) f=$((f + 1)) note="pytest ended with code $code" ;;
+    esac
+    if ((code == 0 && p == 0)) && [[ ${CI:-} == true ]]; then
+        f=$((f + 1)) note="only skipped, in CI"
+    fi
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+    report+=$(printf '%-8s %5d passed %4d failed %4d skipped %6d s  %s' "$tier" "$p" "$f" "$s" $((SECONDS - start)) "$note")$'\n'
+done
+
+printf '\n%s' "$report"
+printf '%-8s %5d s\n' "in all" "$SECONDS"
+printf '%d passed, %d failed%s\n' "$passed" "$failed" "$( ((skipped)) && printf ', %d skipped' "$skipped")"
+((failed == 0))

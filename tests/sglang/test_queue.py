@@ -1,0 +1,110 @@
+"""The shared queue, on a real TCP store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from megatron_rpp.errors import DeadlineError, EngineError
+from megatron_rpp.rollout import queue as queue_module
+from megatron_rpp.rollout.queue import WorkQueue, open_store
+
+
+def _pair() -> tuple[WorkQueue, WorkQueue]:
+    host = open_store("127.0.0.1", 0, is_host=True, deadline_s=10)
+    other = open_store("127.0.0.1", host.port, is_host=False, deadline_s=10)
+    return WorkQueue(host, leader=0, num_leaders=2), WorkQueue(other, leader=1, num_leaders=2)
+
+
+def test_every_item_is_handed_out_once_in_every_round() -> None:
+    queues = _pair()
+    for num_items in (50, 0, 7):
+        claimed: list[list[int]] = [[], []]
+
+        def work(leader: int, claimed: list[list[int]] = claimed, num_items: int = num_items) -> None:
+            queues[leader].open(num_items)
+            while (item := queues[leader].claim()) is not None:
+                claimed[leader].append(item)
+                queues[leader].finish()
+            queues[leader].wait(10)
+
+        threads = [threading.Thread(target=work, args=(leader,)) for leader in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert sorted(claimed[0] + claimed[1]) == list(range(num_items))
+
+
+def test_a_single_leader_needs_no_store() -> None:
+    queue = WorkQueue()
+    queue.open(2)
+    assert [queue.claim(), queue.claim(), queue.claim()] == [0, 1, None]
+    queue.finish()
+    queue.finish()
+    queue.wait(1)
+
+
+def test_a_silent_leader_is_named_with_what_it_was_doing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "BEAT_EVERY_S", 0.0)
+    patient, silent = _pair()
+    for queue in (patient, silent):
+        queue.open(1)
+    assert silent.claim() == 0
+    silent.beat("decoding 1 prompts")
+    start = time.monotonic()
+    with pytest.raises(DeadlineError, match=r"leader 1 has been silent for (?s:.*)0 done; rank 1 in 'decoding 1 prompts'"):
+        patient.wait(0.5)
+    assert time.monotonic() - start < 5
+
+
+def test_a_slow_leader_that_beats_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "BEAT_EVERY_S", 0.0)
+    patient, slow = _pair()
+    for queue in (patient, slow):
+        queue.open(1)
+    slow.claim()
+
+    def work() -> None:
+        for _ in range(15):
+            slow.beat("decoding 1 prompts")
+            time.sleep(0.1)
+        slow.finish()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    patient.wait(0.75)
+    thread.join(10)
+
+
+def test_a_store_whose_host_is_gone_is_an_error_in_seconds() -> None:
+    program = """
+import sys, time
+from megatron_rpp.rollout.queue import open_store
+store = open_store("127.0.0.1", 0, is_host=True, deadline_s=10)
+print(store.port, flush=True)
+time.sleep(100)
+"""
+    host = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ)
+    queue = WorkQueue(open_store("127.0.0.1", int(host.stdout.readline()), is_host=False, deadline_s=10), leader=1, num_leaders=2)
+    queue.open(3)
+    assert queue.claim() == 0
+    host.send_signal(signal.SIGKILL)
+    host.wait(10)
+    start = time.monotonic()
+    with pytest.raises(EngineError, match=r"leader 1, claim a prompt: the roll-out queue is lost"):
+        queue.claim()
+    assert time.monotonic() - start < 10
+
+
+def test_a_store_that_nobody_hosts_is_an_error_at_the_deadline() -> None:
+    start = time.monotonic()
+    with pytest.raises(DeadlineError, match="open the roll-out queue"):
+        open_store("127.0.0.1", 1, is_host=False, deadline_s=2)
+    assert time.monotonic() - start < 20
