@@ -90,7 +90,8 @@ def open_process(cfg: Config, *, can_resume: bool = False) -> Iterator[Process]:
                 error = raised
         raise_together(error, groups=groups, what="open the run directory", deadline_s=cfg.run.deadline_s)
         step = broadcast_object(step, groups.world_cpu, name="step to go on from", deadline_s=cfg.run.deadline_s)
-        log = stack.enter_context(RunLog(cfg.observe, directory if groups.rank == 0 else None, resumed_step=step))
+        # A run that starts anew keeps no record of what was in its directory before, not even of step 0.
+        log = stack.enter_context(RunLog(cfg.observe, directory if groups.rank == 0 else None, resumed_step=step or -1))
         process = Process(cfg, world, groups, directory, log, step)
         process.together("write the run's settings", lambda: _write_settings(process), here=process.is_first)
         yield process

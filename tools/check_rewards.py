@@ -26,7 +26,7 @@ from megatron_rpp.reward.pool import RewardPool
 
 MAX_REFUSED_FRAC = 0.001
 RIGHT = ("as written", "boxed", "in a sentence", "restyled")
-WRONG = ("next integer", "another answer")
+WRONG = ("next integer", "another answer", "another, in a sentence")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ def wordings(reference: str, final: str, other: str | None) -> Iterator[tuple[st
         yield "next integer", rf"\boxed{{{int(final) + 1}}}"
     if other is not None:
         yield "another answer", rf"\boxed{{{other}}}"
+        yield "another, in a sentence", f"Some thought about $x=3$. The final answer is ${other}$."
 
 
 def restyle(final: str) -> str:
@@ -112,10 +113,10 @@ def report(cases: list[Case], verdicts: list[Verdict]) -> int:
             what = verdict.reward_failed or ("refused" if case.wording in RIGHT else "ACCEPTED")
             final = explicit_answer(case.item.answer) or case.item.answer
             print(f"{case.data_set}:{case.line} {case.wording}, {what}: {case.item.response[-90:]!r} against {final[-90:]!r}")
-    print(f"{'data set':<12} {'wording':<16} {'rows':>6} {'score 1':>8} {'frac':>8} {'failed':>7}")
+    print(f"{'data set':<12} {'wording':<23} {'rows':>6} {'score 1':>8} {'frac':>8} {'failed':>7}")
     for data_set, wording in sorted(total, key=lambda key: (key[0], (*RIGHT, *WRONG).index(key[1]))):
         key = (data_set, wording)
-        print(f"{data_set:<12} {wording:<16} {total[key]:>6} {hits[key]:>8} {hits[key] / total[key]:>8.5f} {failed[key]:>7}")
+        print(f"{data_set:<12} {wording:<23} {total[key]:>6} {hits[key]:>8} {hits[key] / total[key]:>8.5f} {failed[key]:>7}")
     right = {wording: sum(count for key, count in total.items() if key[1] == wording) for wording in RIGHT}
     refused = {wording: right[wording] - sum(count for key, count in hits.items() if key[1] == wording) for wording in RIGHT}
     return int(any(refused[wording] > MAX_REFUSED_FRAC * right[wording] for wording in RIGHT))

@@ -27,11 +27,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = save_tokenizer(args.out / "model")
-    num_parameters = save_model(args.out / "model", tokenizer, args.seed)
-    write_data(args.out, args.seed)
-    print(f"{args.out}: a model of {num_parameters:,} parameters, {NUM_SFT} warm-up rows, {NUM_TRAIN} problems, {NUM_EVAL} held out")
+    num_parameters = make_assets(args.out, args.seed)
+    print(f"{args.out}: a model of {num_parameters:,} parameters, {NUM_SFT:,} warm-up rows, {NUM_TRAIN:,} problems, {NUM_EVAL} held out")
+
+
+def make_assets(out: Path, seed: int) -> int:
+    """Write all files. Returns the model's number of parameters."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_data(out, seed)
+    return save_model(out / "model", save_tokenizer(out / "model"), seed)
 
 
 def write_data(out: Path, seed: int) -> None:

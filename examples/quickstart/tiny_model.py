@@ -91,6 +91,5 @@ def _random_weights(seed: int) -> dict[str, torch.Tensor]:
         }
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * INIT_STD
-        for name, shape in shapes.items()
+        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * INIT_STD for name, shape in shapes.items()
     }

@@ -86,8 +86,8 @@ def read(path: Path) -> Document:
 
 
 def write(value: Any) -> str:
-    """The text from which `parse` gives `value` back."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
+    """The text, in ASCII, from which `parse` gives `value` back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=140)
 
 
 def _walk(node: yaml.Node, path: KeyPath, name: str, lines: dict[KeyPath, str], visited: set[int]) -> None:

@@ -47,7 +47,7 @@ def validate(
     try:
         hf = read_hf_shape(cfg.model.hf)
     except ConfigError as error:
-        problems.append(Problem("model.hf", str(error).replace("\n", ";")))
+        problems.append(Problem("model.hf", f"{error.what} ({error.where}); {error.fix or error.got}"))
     kind = ConfigError if problems else GeometryError
     if all(_get(cfg, name) >= 1 for name in _AT_LEAST_1):  # only then do the divisions below mean anything
         problems += [*_layout(cfg, world_size), *_engines(cfg), *_batches(cfg), *(_model(cfg, hf) if hf is not None else ())]

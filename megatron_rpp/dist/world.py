@@ -52,7 +52,7 @@ class World:
             world = _from_torchrun(env)
             if is_step and "TORCHELASTIC_RUN_ID" not in env:
                 _agree(world, _from_slurm(env))
-        elif is_step or int(env.get("SLURM_PROCID", "0") or 0) > 0:
+        elif is_step or env.get("SLURM_PROCID", "0") not in ("", "0"):
             world = _from_slurm(env)
         else:
             _refuse_forgotten_launcher(env)

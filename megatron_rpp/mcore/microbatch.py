@@ -62,9 +62,12 @@ class Packing:
         schedule wants a multiple of the pipeline's length; what is missing is filled with empty micro-batches.
         """
         pp = self.groups.pp_size
-        filled = pp if pp > 1 else 1  # fewer micro-batches than stages would leave stages idle all the time
         parts = split_microbatches(
-            batch.cu_len_S1, self.max_tokens, at_least=min(filled, max(1, batch.num_sequences)), multiple_of=pp if self.vpp > 1 else 1
+            batch.cu_len_S1,
+            self.max_tokens,
+            # a pipeline idles for pp - 1 of (pp - 1 + micro-batches) turns
+            at_least=min(4 * pp, max(1, batch.num_sequences)) if pp > 1 else 1,
+            multiple_of=pp if self.vpp > 1 else 1,
         )
         return [self._microbatch(batch, part, temperature) for part in parts]
 

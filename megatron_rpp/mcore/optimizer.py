@@ -58,6 +58,7 @@ class Optimizer:
         _check(optim, total_steps)
         self._chunks = chunks
         self._clip_grad = optim.clip_grad
+        self.is_distributed = optim.distributed
         self.inner: MegatronOptimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",

@@ -144,15 +144,31 @@ class Policy:
             if self.dtype is not torch.float32:
                 self.optimizer.inner.restore_from_cpu()
 
+    def save(self, directory: Path) -> None:
+        """Write weights, optimizer, schedule and random states into `directory`, for `load` in this or another layout."""
+        from megatron_rpp.mcore.checkpoint import save
+
+        save(directory, self.hf, self.chunks, self._trained(), self.groups)
+
+    def load(self, directory: Path) -> None:
+        """Continue from what `save` wrote: bit for bit on the same layout. Raises: CheckpointError, on every rank."""
+        from megatron_rpp.mcore.checkpoint import load
+
+        load(directory, self.hf, self.chunks, self._trained(), self.groups)
+
+    def _trained(self) -> Optimizer:
+        assert self.optimizer is not None, "a frozen reference has no optimizer"
+        return self.optimizer
+
     def _step(self, batch: PackedBatch, adv_T: Tensor, objective: Objective, temperature: float) -> tuple[Sums, StepResult]:
         from megatron_rpp.mcore.forward import run_loss
 
-        assert self.optimizer is not None, "a frozen reference cannot be updated"
+        optimizer = self._trained()
         self._set_training(True)
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         microbatches = self._packing.microbatches(batch, temperature)
         sums = run_loss(self._wrapped, microbatches, adv_T.to(self._packing.device), objective)
-        return sums, self.optimizer.step()
+        return sums, optimizer.step()
 
     def _stats(self, done: list[tuple[Sums, StepResult]]) -> UpdateStats:
         """Sums of this rank to means over all ranks: added in rank order in float64, so that every rank reports the same bits."""

@@ -35,7 +35,7 @@ PATCHES = (
         remove_when="jit_fuser can be chosen by a setting",
         expires=datetime.date(2027, 11, 30),
         probe=_probe,
-        test="test_necessity.py::test_without_the_patch[p010-jit-fuser]",
+        test="tests/patches/test_necessity.py::test_without_the_patch[p010-jit-fuser]",
         make=_eager,
         inactive=has_cuda,
     ),

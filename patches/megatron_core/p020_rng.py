@@ -70,7 +70,7 @@ PATCHES = (
         kind="replace",
         why="the state of the tensor-parallel stream is never set: every rank initialises and drops out alike",
         probe=_probe_state,
-        test="test_necessity.py::test_without_the_patch[p020-rng-state]",
+        test="tests/patches/test_necessity.py::test_without_the_patch[p020-rng-state]",
         make=_set_state,
     ),
     Patch(
@@ -80,7 +80,7 @@ PATCHES = (
         kind="hook",
         why="one warning for each fork, thousands a step, about generators that are one here",
         probe=_probe_filter,
-        test="test_necessity.py::test_without_the_patch[p021-rng-warning]",
+        test="tests/patches/test_necessity.py::test_without_the_patch[p021-rng-warning]",
         enable=lambda: logging.getLogger(MODULE).addFilter(_FILTER),
         disable=lambda: logging.getLogger(MODULE).removeFilter(_FILTER),
     ),

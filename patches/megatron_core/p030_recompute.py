@@ -37,7 +37,7 @@ PATCHES = (
         remove_when="CheckpointWithoutOutput().fp8 is False upstream",
         expires=datetime.date(2027, 11, 30),
         probe=_probe,
-        test="test_necessity.py::test_without_the_patch[p030-recompute-fp8]",
+        test="tests/patches/test_necessity.py::test_without_the_patch[p030-recompute-fp8]",
         make=_no_fp8_by_default,
         inactive=has_transformer_engine,
     ),

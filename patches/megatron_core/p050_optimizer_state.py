@@ -108,7 +108,7 @@ PATCHES = (
         why="state_dict() before the first step fails its assertion on the number of distinct steps, so nothing can be loaded",
         upstream="not reported: distrib_optimizer.py, `assert len(steps) == 1` with no state yet",
         probe=_probe_start,
-        test="test_necessity.py::test_without_the_patch[p050-optimizer-start]",
+        test="tests/patches/test_necessity.py::test_without_the_patch[p050-optimizer-start]",
         make=_start_state,
     ),
     Patch(
@@ -118,7 +118,7 @@ PATCHES = (
         why="loading a checkpoint dies with KeyError 'step': torch keeps the step beside the moments, the file does not",
         upstream="not reported: distrib_optimizer.py copies every key of the state",
         probe=_probe_keep,
-        test="test_necessity.py::test_without_the_patch[p051-optimizer-keep-step]",
+        test="tests/patches/test_necessity.py::test_without_the_patch[p051-optimizer-keep-step]",
         make=_keep_step,
     ),
     Patch(
@@ -128,7 +128,7 @@ PATCHES = (
         why="after a load all parameters share one step tensor, which advances once a parameter: loss 5.5656, not 5.5603, a step later",
         upstream="not reported: distrib_optimizer.py, `s['step'] = step` in a loop",
         probe=_probe_own,
-        test="test_necessity.py::test_without_the_patch[p052-optimizer-own-step]",
+        test="tests/patches/test_necessity.py::test_without_the_patch[p052-optimizer-own-step]",
         make=_own_step,
     ),
 )

@@ -92,7 +92,7 @@ def _patch(number: int, name: str) -> Patch:
         remove_when="ProcessGroupGloo refuses or copies tensors that are not contiguous",
         expires=datetime.date(2027, 11, 30),
         probe=lambda: _probe(name),
-        test=f"test_gloo.py::test_gloo_is_wrong_about_strided_tensors_without_the_patch[{name}]",
+        test=f"tests/patches/test_gloo.py::test_gloo_is_wrong_about_strided_tensors_without_the_patch[{name}]",
         make=_through_contiguous,
         inactive=has_cuda,
     )

@@ -56,7 +56,7 @@ def _patch(number: int, noun: str, target: str, source: str | None, make: Callab
         make=make,
         why=why,
         probe=_probe,
-        test=f"test_necessity.py::test_without_the_patch[p08{number}-spec-{noun}]",
+        test=f"tests/patches/test_necessity.py::test_without_the_patch[p08{number}-spec-{noun}]",
     )
 
 

@@ -94,9 +94,7 @@ def _counted(rank: int) -> int:
     dist.all_gather = counting
     x_T = torch.arange(4, dtype=torch.float64) + rank
     for population in ("token", "sample"):
-        whiten(
-            x_T, torch.ones(4, dtype=torch.bool), sequence_T=torch.tensor([0, 0, 1, 1]), group=dist.group.WORLD, population=population
-        )
+        whiten(x_T, torch.ones(4, dtype=torch.bool), sequence_T=torch.tensor([0, 0, 1, 1]), group=dist.group.WORLD, population=population)
     return calls
 
 
@@ -143,7 +141,11 @@ def _absent(rank: int) -> str:
     start = time.monotonic()
     try:
         whiten(
-            torch.arange(2.0), torch.ones(2, dtype=torch.bool), sequence_T=torch.zeros(2, dtype=torch.int64), group=dist.group.WORLD, deadline_s=1
+            torch.arange(2.0),
+            torch.ones(2, dtype=torch.bool),
+            sequence_T=torch.zeros(2, dtype=torch.int64),
+            group=dist.group.WORLD,
+            deadline_s=1,
         )
     except DeadlineError as error:
         return f"{time.monotonic() - start < 3} {error}"

@@ -14,15 +14,24 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import megatron_rpp_patches
 import torch
 import torch.distributed as dist
+
+import megatron_rpp_patches
 from megatron_rpp_patches import _core
 from megatron_rpp_patches.megatron_core import p050_optimizer_state
 
 SET = "megatron_core"
 DENSE = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "normalization": "RMSNorm", "add_bias_linear": False}
-MLA = {**DENSE, "multi_latent_attention": True, "q_lora_rank": 4, "kv_lora_rank": 4, "qk_head_dim": 4, "qk_pos_emb_head_dim": 2, "v_head_dim": 4}
+MLA = {
+    **DENSE,
+    "multi_latent_attention": True,
+    "q_lora_rank": 4,
+    "kv_lora_rank": 4,
+    "qk_head_dim": 4,
+    "qk_pos_emb_head_dim": 2,
+    "v_head_dim": 4,
+}
 
 
 def seeding() -> None:
@@ -105,7 +114,8 @@ def split_sizes() -> None:
     from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 
     splits = maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True)
-    assert type(splits).__module__ == "numpy" and splits.tolist() == [1, 2], type(splits)
+    assert type(splits).__module__ == "numpy", type(splits)
+    assert splits.tolist() == [1, 2]
 
 
 def _config(options: dict[str, Any]) -> Any:

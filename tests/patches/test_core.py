@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import megatron_rpp_patches
 import pytest
+
+import megatron_rpp_patches
 from megatron_rpp.errors import PatchError
 from megatron_rpp_patches import Patch, _core, _record
 from megatron_rpp_patches._source import fingerprint
 
 NUMBERS = itertools.count()
-MODULE_A = '''
+MODULE_A = """
 FLAG = False
 if True:
     LIMIT = 3
@@ -36,7 +37,7 @@ class C:
 
 class D(C):
     pass
-'''
+"""
 
 
 class Library:
@@ -176,7 +177,9 @@ def test_a_changed_source_is_refused_before_anything_is_imported(library: Librar
     patch = library.patch(is_locked=False)
     library.lock(f'"{patch.target}" = "123456789abc"\n')
     library.provide(patch)
-    with pytest.raises(PatchError, match=rf"p900-fake[\s\S]*not the one that was reviewed[\s\S]*123456789abc[\s\S]*{fingerprint(patch.target)}"):
+    with pytest.raises(
+        PatchError, match=rf"p900-fake[\s\S]*not the one that was reviewed[\s\S]*123456789abc[\s\S]*{fingerprint(patch.target)}"
+    ):
         megatron_rpp_patches.apply("fake")
     assert f"{library.name}.a" not in sys.modules
 

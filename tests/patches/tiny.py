@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import megatron_rpp_patches
 import torch
 import torch.distributed as dist
+
+import megatron_rpp_patches
 
 LENGTHS = ((5, 12, 7), (9, 2, 6, 3))  # the sequences of two microbatches, 24 and 20 tokens: multiples of 4 for TP2 x CP2
 VOCAB = 64
@@ -220,9 +221,7 @@ def step(layout: Layout, model: Any) -> torch.Tensor:
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     """Whole gradients by global name, equal on all ranks."""
-    mine = {
-        name_of(model.module, name): gather_full(param.main_grad, name, param) for name, param in model.module.named_parameters()
-    }
+    mine = {name_of(model.module, name): gather_full(param.main_grad, name, param) for name, param in model.module.named_parameters()}
     theirs: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(theirs, mine)
     return {name: grad for each in reversed(theirs) for name, grad in each.items()}

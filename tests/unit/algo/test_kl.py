@@ -52,7 +52,9 @@ def test_k1_and_k3_are_unbiased() -> None:
     torch.testing.assert_close((pi * k3(logp, logp_ref)).sum(), kl)
 
 
-@pytest.mark.parametrize(("kl", "expected"), [(0.05, 0.2 * (1 - 0.2 * 0.1024)), (0.1, 0.2), (0.11, 0.2 * (1 + 0.1 * 0.1024)), (9.0, 0.2 * (1 + 0.2 * 0.1024))])
+@pytest.mark.parametrize(
+    ("kl", "expected"), [(0.05, 0.2 * (1 - 0.2 * 0.1024)), (0.1, 0.2), (0.11, 0.2 * (1 + 0.1 * 0.1024)), (9.0, 0.2 * (1 + 0.2 * 0.1024))]
+)
 def test_the_coefficient_follows_the_distance_by_at_most_a_fifth(kl: float, expected: float) -> None:
     """0.05 is half the target: error -0.5, held at -0.2. 0.11 is a tenth above it: error 0.1. 1024 / 10000 = 0.1024."""
     assert adapted_coef(0.2, kl=kl, target=0.1, num_samples=1024, horizon=10000) == pytest.approx(expected, rel=1e-14)

@@ -47,11 +47,7 @@ trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dic
 @given(trees)
 def test_what_is_written_is_read_back(tree: object) -> None:
     keyed = {"a": tree}
-    text = load_yaml.write(keyed)
-    try:
-        back = yaml(text)
-    except ConfigError as error:  # the one thing that the dialect refuses: keys that look like numbers are quoted, so never here
-        raise AssertionError(text) from error
+    back = yaml(load_yaml.write(keyed))
     assert back == keyed
     assert json.dumps(back) == json.dumps(keyed)  # 1 is not 1.0 and True is not 1
 
@@ -114,7 +110,7 @@ def test_all_mistakes_are_reported_at_once_each_with_its_line(write: Write) -> N
     with pytest.raises(ConfigError) as caught:
         load(path, ["optim.lrr=1"])
     assert str(caught.value).splitlines() == [
-        f"{path}: 16 settings are wrong",
+        f"{path}: 15 settings are wrong",
         "  model.hf: required, and not set",
         f"  {path}:1  data.train: required, and not set",
         f"  {path}:1  data.eval: expected a path or null, got 3",
@@ -130,11 +126,7 @@ def test_all_mistakes_are_reported_at_once_each_with_its_line(write: Write) -> N
         f"  {path}:9  rollout.sglang.a: expected a word, a number, true, false or null, got [1]",
         f"  {path}:10  evall: unknown setting; did you mean eval?",
         "  command line  optim.lrr: unknown setting; did you mean optim.lr?",
-    ][:1] + sorted_like(caught.value, path)
-
-
-def sorted_like(error: ConfigError, path: Path) -> list[str]:
-    return str(error).splitlines()[1:]
+    ]
 
 
 def test_a_later_file_and_then_the_command_line_win(write: Write) -> None:

@@ -1,0 +1,201 @@
+"""Model, optimizer, schedule and random states to and from a directory, in Megatron's torch_dist format.
+
+The format knows global tensors, not ranks: a checkpoint of one layout of tp, pp, vpp and dp loads into another. On the same
+layout a run continues bit for bit. Imports megatron: import it only after `init.start`.
+
+    <directory>/metadata.json .metadata common.pt __<rank>_<n>.distcp     Megatron's
+    <directory>/files.json                                               name -> bytes of each of those, written last
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_rpp.dist.collectives import barrier, broadcast_object
+from megatron_rpp.dist.groups import Groups, ranks_of
+from megatron_rpp.errors import CheckpointError
+from megatron_rpp.mcore.hf_config import HfModel
+from megatron_rpp.mcore.logp_model import LogpModel
+from megatron_rpp.mcore.optimizer import Optimizer
+
+FORMAT = 1
+MANIFEST = "files.json"
+
+# What reading a damaged or foreign directory has been seen to raise, in megatron, torch and below.
+_BROKEN = (CheckpointingException, CheckpointException, OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError)
+
+
+def save(directory: Path, hf: HfModel, chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Groups) -> None:
+    """Write everything that training needs to continue. Collective; returns when all files of all ranks are written.
+
+    directory: on a file system that all ranks see; empty or absent. Give it a temporary name and rename it afterwards.
+    """
+    if groups.rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+    barrier(groups.world_cpu, name="checkpoint directory")
+    state = _sharded_state(chunks, optimizer, groups, is_loading=False)
+    state["rng"] = _sharded_rng(groups)
+    state["header"] = _header(hf, chunks, optimizer, groups)
+    strategy = get_default_save_sharded_strategy()
+    if groups.dp_size * groups.cp_size > 1:
+        # replicas share the writing, where each by itself would leave all of it to the first
+        strategy = FullyParallelSaveStrategyWrapper(strategy, groups.dp_cp)
+    dist_checkpointing.save(state, str(directory), strategy)
+    if groups.rank == 0:
+        sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+        (directory / MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    barrier(groups.world_cpu, name="checkpoint manifest")
+
+
+def load(directory: Path, hf: HfModel, chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Groups) -> None:
+    """Read what `save` wrote, in this or another layout of the same model. Collective.
+
+    The random states are restored only on the layout that saved them: they belong to ranks, not to the model.
+    Raises: CheckpointError, on every rank, when the directory is missing, incomplete, damaged, or of another model or precision.
+    """
+    verdict = _inspect(directory) if groups.rank == 0 else None
+    verdict = broadcast_object(verdict, groups.world_cpu, name="checkpoint manifest")
+    if isinstance(verdict, CheckpointError):
+        raise verdict
+    with _reading(directory):
+        header = dist_checkpointing.load_common_state_dict(str(directory))["header"]
+    wanted = _header(hf, chunks, optimizer, groups)
+    _check_header(header, wanted, directory)
+    is_same_layout = header["layout"] == wanted["layout"]
+    with _reading(directory):
+        state = _sharded_state(chunks, optimizer, groups, is_loading=True)
+        if is_same_layout:
+            state["rng"] = _sharded_rng(groups)
+        state = dist_checkpointing.load(state, str(directory))
+        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
+            chunk.load_state_dict(state[name], strict=True)
+        optimizer.inner.load_state_dict(state["optimizer"])
+        optimizer.scheduler.load_state_dict(state["scheduler"])
+        if is_same_layout:
+            _restore_rng(state["rng"])
+
+
+def _sharded_state(chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Groups, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": groups.dp_cp,
+    }
+    model = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)}
+    return {
+        **model,
+        "optimizer": optimizer.inner.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+        "scheduler": optimizer.scheduler.state_dict(),
+    }
+
+
+def _chunk_names(chunks: Sequence[LogpModel]) -> list[str]:
+    """The names under which Megatron's own optimizer looks for the chunks."""
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+
+def _header(hf: HfModel, chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Groups) -> dict[str, Any]:
+    """What must agree between the run that saved and the run that loads, and the layout, which need not. Plain values."""
+    return {
+        "format": FORMAT,
+        "model": asdict(hf),
+        "dtype": str(chunks[0].config.params_dtype),
+        "is_optimizer_distributed": optimizer.is_distributed,
+        "layout": {
+            "tp": groups.tp_size,
+            "cp": groups.cp_size,
+            "dp": groups.dp_size,
+            "pp": groups.pp_size,
+            "vpp": len(chunks),
+            "model ranks": ranks_of(groups.model),
+        },
+    }
+
+
+def _check_header(got: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:
+    advice = {
+        "format": "use the version of megatron_rpp that wrote it",
+        "model": "point model.hf at the model that this run was started from",
+        "dtype": "set model.dtype as it was",
+        "is_optimizer_distributed": "set optim.distributed as it was",
+    }
+    for name, fix in advice.items():
+        if got.get(name) != wanted[name]:
+            expected, found = _differences(wanted[name], got.get(name))
+            raise CheckpointError(f"the checkpoint's {name} is another", where=str(directory), expected=expected, got=found, fix=fix)
+
+
+def _differences(wanted: Any, got: Any) -> tuple[Any, Any]:
+    """Of two dicts only the entries that differ."""
+    if not (isinstance(wanted, dict) and isinstance(got, dict)):
+        return wanted, got
+    names = [name for name in wanted if got.get(name) != wanted[name]]
+    return {name: wanted[name] for name in names}, {name: got.get(name) for name in names}
+
+
+def _inspect(directory: Path) -> CheckpointError | None:
+    """What is wrong with the files as such: by name and size, so that truncation is found before anything is overwritten."""
+    where = str(directory)
+    if not directory.is_dir():
+        return CheckpointError("there is no such checkpoint", where=where)
+    try:
+        sizes = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return CheckpointError("the checkpoint is incomplete: its list of files is missing or unreadable", where=str(directory / MANIFEST))
+    for name, size in sizes.items():
+        path = directory / name
+        if not path.is_file():
+            return CheckpointError("a file of the checkpoint is missing", where=str(path), expected=f"{size} bytes")
+        if path.stat().st_size != size:
+            return CheckpointError(
+                "a file of the checkpoint is damaged", where=str(path), expected=f"{size} bytes", got=f"{path.stat().st_size} bytes"
+            )
+    return None
+
+
+@contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except _BROKEN as error:
+        raise CheckpointError(
+            "the checkpoint cannot be read", where=str(directory), got=f"{type(error).__name__}: {error}", fix="continue from an older one"
+        ) from error
+
+
+def _sharded_rng(groups: Groups) -> ShardedObject:
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("rng", state, (groups.size,), (groups.rank,), replica_id=0)
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])

@@ -1,0 +1,205 @@
+"""Rules between settings: each refuses what it should, lets the edge through, and none hides another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_rpp.config.geometry import derive, read_hf_shape
+from megatron_rpp.config.load import load, load_with_lines
+from megatron_rpp.config.validate import validate
+from megatron_rpp.errors import ConfigError, GeometryError
+from tests.unit.config.conftest import QWEN, Write
+
+
+def check(project: Path, *overrides: str, world_size: int | None = None, for_sft: bool = False) -> tuple[str, ...]:
+    """The warnings."""
+    return validate(load(project, overrides), world_size=world_size, for_sft=for_sft).warnings
+
+
+# The model of the fixture: 4 layers, 4 heads, 2 key-value heads, feed-forward 128, 4096 positions.
+REFUSED = [
+    # bounds and ranges
+    ("run.steps=0", "run.steps: must be at least 1, got 0"),
+    ("run.seed=-1", "run.seed: must be 0 or more, got -1"),
+    ("run.seed=4294967296", "run.seed: must be below 2^32"),
+    ("run.deadline_s=0", "run.deadline_s: must be more than 0"),
+    ("run.deadline_s=.inf", "run.deadline_s: must be a finite number, got inf"),
+    ("optim.lr=.nan", "optim.lr: must be a finite number, got nan"),
+    ("parallel.tp=0", "parallel.tp: must be at least 1, got 0"),
+    ("rollout.temperature=0", "rollout.temperature: must be more than 0"),
+    ("rollout.top_p=0", "rollout.top_p: must be in (0, 1], got 0.0"),
+    ("rollout.top_p=1.1", "rollout.top_p: must be in (0, 1], got 1.1"),
+    ("rollout.engines=0", "rollout.engines: must be at least 1, got 0"),
+    ("eval.max_prompts=0", "eval.max_prompts: must be at least 1, got 0"),
+    ("algo.gamma=1.01", "algo.gamma: must be in [0, 1], got 1.01"),
+    ("algo.kl_reward_coef=-0.1", "algo.kl_reward_coef: must be 0 or more, got -0.1"),
+    ("algo.kl_loss_coef=-0.1", "algo.kl_loss_coef: must be 0 or more, got -0.1"),
+    ("algo.clip_low=0", "algo.clip_low: must be in (0, 1), got 0.0; set e.g. 0.2"),
+    ("algo.clip_high=1", "algo.clip_high: must be in (0, 1), got 1.0; set e.g. 0.2"),
+    ("algo.reward_clip=[1, 1]", "algo.reward_clip: must be [lowest, highest], got [1.0, 1.0]"),
+    ("optim.beta2=1", "optim.beta2: must be in [0, 1), got 1.0"),
+    ("optim.microbatch_tokens=0", "optim.microbatch_tokens: must be at least 1"),
+    ("checkpoint.keep=0", "checkpoint.keep: must be at least 1"),
+    ("rollout.samples_per_prompt=1", "rollout.samples_per_prompt: algo.estimator reinforce_pp_baseline"),
+    # settings that would have no effect
+    ("eval.every=5", "eval.every: has no effect without data.eval"),
+    ("optim.min_lr=1e-9", "optim.min_lr: has no effect with optim.schedule: constant"),
+    ("model.ref=model", "model.ref: has no effect while"),
+    # inputs
+    ("data.train=nowhere.jsonl", "data.train: no such file"),
+    ("data.eval=train.csv", "data.eval: must be a .jsonl or .parquet file"),
+    ("model.hf=nowhere", "model.hf: cannot read the model's config.json: No such file or directory"),
+    # geometry
+    ("parallel.cp=2", "parallel.cp: context parallelism is not there yet, got 2"),
+    ("parallel.vpp=2", "parallel.vpp: virtual chunks need a pipeline"),
+    ("parallel.pp=3", "parallel.pp: the 4 layers do not divide into pp 3 x vpp 1 = 3 chunks"),
+    ("parallel.tp=3", "parallel.tp: the 4 attention heads do not divide by 3"),
+    ("rollout.tp=2", "rollout.tp: the 1 ranks do not divide into engines of 2"),
+    ("rollout.engines=2", "rollout.engines: 2 engines of 1 ranks need 2 ranks, there are 1"),
+    ("algo.minibatches=65", "algo.minibatches: 65 minibatches cannot be cut from 64 prompts"),
+    ("data.max_prompt_tokens=3073", "rollout.max_response_tokens: 1024 after data.max_prompt_tokens 3073 makes 4097 tokens"),
+    ("eval.max_response_tokens=3073", "eval.max_response_tokens: 3073 after data.max_prompt_tokens 1024 makes 4097 tokens"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED, ids=[override for override, _ in REFUSED])
+def test_a_broken_rule_is_refused_and_is_the_only_one(project: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(project, override)
+    lines = str(caught.value).splitlines()[1:]
+    assert message in lines[0]
+    assert all(line.split(":")[0] == lines[0].split(":")[0] for line in lines), lines
+
+
+ACCEPTED = [
+    (),
+    ("rollout.samples_per_prompt=1", "algo.estimator=reinforce_pp"),
+    ("algo.clip_high=0.999", "algo.clip_low=0.001", "algo.gamma=0", "algo.reward_clip=null"),
+    ("data.max_prompt_tokens=3072",),
+    ("parallel.tp=4",),  # more ranks than key-value heads: they are shared
+    ("parallel.pp=2", "parallel.vpp=2"),
+    ("parallel.pp=3", "model.megatron.num_layers_in_first_pipeline_stage=2"),
+    ("optim.min_lr=1e-9", "optim.schedule=cosine"),
+    ("model.ref=model", "algo.kl_loss_coef=0.1"),
+    ("eval.every=5", "data.eval=train.jsonl"),
+    ("parallel.dp=3", "rollout.tp=2", "rollout.engines=1"),
+    ("eval.temperature=0", "checkpoint.every=0", "optim.lr=0"),
+]
+
+
+@pytest.mark.parametrize("overrides", ACCEPTED, ids=" ".join)
+def test_the_edge_of_a_rule_is_let_through(project: Path, overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.parent)
+    check(project, *overrides)
+
+
+def test_all_broken_rules_are_reported_at_once_with_their_lines(project: Path, write: Write) -> None:
+    path = write("bad.yaml", "extends: run.yaml\nalgo:\n  clip_low: 3\nparallel:\n  tp: 3\n  pp: 3\n")
+    cfg, lines = load_with_lines(path, ["rollout.temperature=0", "data.eval=none.jsonl"])
+    with pytest.raises(ConfigError) as caught:
+        validate(cfg, world_size=8, lines=lines, source="bad.yaml")
+    assert type(caught.value) is ConfigError
+    text = str(caught.value)
+    assert text.startswith("bad.yaml: 8 settings are wrong\n")
+    for line in (
+        "  command line  rollout.temperature: must be more than 0",
+        f"  {path}:3  algo.clip_low: must be in (0, 1)",
+        "  command line  data.eval: no such file",
+        "  parallel.dp: tp 3 x cp 1 x dp 1 x pp 3 = 9 ranks, but there are 8 processes; one replica takes 9 ranks",
+        f"  {path}:6  parallel.pp: the 4 layers do not divide",
+        f"  {path}:5  parallel.tp: the 4 attention heads do not divide by 3",
+        f"  {path}:5  parallel.tp: the feed-forward width 128 does not divide by 3",
+        f"  {path}:5  parallel.tp: must divide the 2 key-value heads",
+    ):
+        assert line in text
+
+
+def test_only_layouts_wrong_is_a_geometry_error(project: Path) -> None:
+    with pytest.raises(GeometryError, match="parallel.dp: 2 would fit"):
+        check(project, "parallel.tp=2", world_size=4)
+    assert check(project, "parallel.tp=2", "parallel.dp=2", world_size=4) == ()
+
+
+def test_sft_needs_its_own_settings_only_when_it_runs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.parent)
+    check(project)
+    with pytest.raises(ConfigError) as caught:
+        check(project, for_sft=True)
+    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == ["sft.train", "sft.out", "sft.steps"]
+    check(project, "sft.train=train.jsonl", "sft.out=tuned", "sft.steps=1", for_sft=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (("rollout.top_p=0.9",), "rollout.top_p 0.9: the engine samples from a cut distribution"),
+        (("model.dtype=bfloat16",), "bfloat16 on a CPU"),
+        (("algo.kl_loss_coef=0.1", "algo.kl_reward_coef=0.1"), "both pull to the reference"),
+        (("algo.minibatches=3",), "64 prompts do not divide into algo.minibatches 3"),
+        (("rollout.prompts_per_step=1", "parallel.dp=8"), "some ranks train on nothing"),
+        (("optim.schedule=linear", "optim.warmup_steps=100"), "covers the whole run of 100 optimiser steps"),
+        (("parallel.dp=2", "rollout.engines=1"), "1 of 2 ranks have no engine"),
+    ],
+)
+def test_what_is_allowed_but_odd_is_a_warning(project: Path, overrides: tuple[str, ...], warning: str) -> None:
+    warnings = check(project, *overrides)
+    assert len(warnings) == 1
+    assert warning in warnings[0]
+
+
+def test_derived_numbers_are_those_of_a_calculation_by_hand(project: Path) -> None:
+    """tp 2 x pp 2 x dp 3 = 12 ranks; engines of 4 -> 3. 10 prompts in 4 minibatches: 3, 3, 2, 2 prompts of 2 responses."""
+    overrides = ["parallel.tp=2", "parallel.pp=2", "parallel.dp=3", "rollout.tp=4", "rollout.prompts_per_step=10"]
+    overrides += ["rollout.samples_per_prompt=2", "algo.minibatches=4", "run.steps=5", "data.max_prompt_tokens=100"]
+    geometry = validate(load(project, overrides)).geometry
+    assert (geometry.num_ranks, geometry.ranks_per_replica, geometry.num_engines, geometry.idle_ranks) == (12, 4, 3, 0)
+    assert (geometry.responses_per_step, geometry.optimiser_steps, geometry.responses_per_optimiser_step) == (20, 20, (4, 6))
+    assert (geometry.max_sequence_tokens, geometry.layers_per_chunk, geometry.heads_per_rank) == (1124, 2, 2)
+
+
+def test_the_parameter_count_is_that_of_a_real_model(tmp_path: Path) -> None:
+    """Llama-3.1-70B has 70,553,706,496 weights (its card's safetensors total)."""
+    sizes = {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+    llama = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    assert read_hf_shape(tmp_path).num_parameters == 70_553_706_496
+
+
+def test_uneven_layers_leave_the_layers_of_a_chunk_open(project: Path) -> None:
+    cfg = load(project, ["parallel.pp=3", "model.megatron.num_layers_in_first_pipeline_stage=2"])
+    assert derive(cfg, read_hf_shape(cfg.model.hf)).layers_per_chunk is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "does not describe a decoder"),
+        ("[]", "does not describe a decoder"),
+        ("null", "does not describe a decoder"),
+        (json.dumps({**QWEN, "hidden_size": "wide"}), "does not describe a decoder"),
+        (json.dumps({key: value for key, value in QWEN.items() if key != "vocab_size"}), "config.json has no 'vocab_size'"),
+        (json.dumps({**QWEN, "num_attention_heads": 0}), "does not describe a decoder"),
+    ],
+)
+def test_a_config_json_that_is_no_decoder_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_hf_shape(tmp_path)
+
+
+def test_every_number_in_the_schema_has_a_bound_or_a_stated_reason(project: Path) -> None:
+    """A new numeric setting must be given a rule: a senseless value of each is refused."""
+    free = {"reward.failed_score"}  # any score may stand for a verifier's failure
+    cfg = load(project)
+    for section in fields(cfg):
+        for spec in fields(getattr(cfg, section.name)):
+            name = f"{section.name}.{spec.name}"
+            kinds = str(spec.type)
+            if ("int" in kinds or "float" in kinds) and "dict" not in kinds and "tuple" not in kinds and name not in free:
+                with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
+                    check(project, f"{name}=-7")
+    assert is_dataclass(cfg)
