@@ -25,8 +25,7 @@ def main() -> int:
         return 1
     first, last = evaluations[0], evaluations[-1]
     show(options.run_dir, first["step"], last["step"])
-    steps = [record for record in read(options.run_dir / "metrics.jsonl") if record["kind"] == "step"]
-    train_s = sum(record["timing"]["step_s"] for record in steps)
+    train_s = sum(record["step_s"] for record in read(options.run_dir / "timings.jsonl") if record["kind"] == "step")
     print(
         f"quickstart: held-out accuracy {first['eval/accuracy']:.3f} -> {last['eval/accuracy']:.3f}, "
         f"steps {last['step']}, train {train_s:.0f} s, total {options.total_s:.0f} s"

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rpp.dist.collectives import barrier, broadcast_object
-from megatron_rpp.dist.groups import Groups, ranks_of
+from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.mcore.hf_config import HfModel
 from megatron_rpp.mcore.logp_model import LogpModel
@@ -119,14 +119,7 @@ def _header(hf: HfModel, chunks: Sequence[LogpModel], optimizer: Optimizer, grou
         "model": asdict(hf),
         "dtype": str(chunks[0].config.params_dtype),
         "is_optimizer_distributed": optimizer.is_distributed,
-        "layout": {
-            "tp": groups.tp_size,
-            "cp": groups.cp_size,
-            "dp": groups.dp_size,
-            "pp": groups.pp_size,
-            "vpp": len(chunks),
-            "model ranks": ranks_of(groups.model),
-        },
+        "layout": {"tp": groups.tp_size, "cp": groups.cp_size, "dp": groups.dp_size, "pp": groups.pp_size, "vpp": len(chunks)},
     }
 
 

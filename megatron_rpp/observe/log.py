@@ -8,7 +8,7 @@ from types import TracebackType
 from megatron_rpp.config.schema import Observe
 from megatron_rpp.observe import sinks
 from megatron_rpp.observe.console import Console, open_console
-from megatron_rpp.observe.metrics import Value, summarise
+from megatron_rpp.observe.metrics import Value, encode, encode_timing, summarise
 from megatron_rpp.observe.rundir import RunDir
 
 
@@ -18,14 +18,14 @@ class RunLog:
     def __init__(self, observe: Observe, run: RunDir | None, *, resumed_step: int = 0) -> None:
         """run: the opened run directory, None on every other rank. resumed_step: the checkpoint that the run goes on from."""
         self._console: Console = open_console(observe.console, is_leader=run is not None)
-        self._file = sinks.MetricsFile(run.metrics, resumed_step=resumed_step) if run is not None else None
-        self._sinks: list[sinks.MetricsFile | sinks.TensorBoard] = [self._file] if self._file is not None else []
-        if run is not None and observe.tensorboard:
-            self._sinks.append(sinks.TensorBoard(run.tensorboard, resumed_step=resumed_step))
+        self._metrics = sinks.RecordFile(run.metrics, encode, resumed_step=resumed_step) if run is not None else None
+        self._timings = sinks.RecordFile(run.timings, encode_timing, resumed_step=resumed_step) if run is not None else None
+        is_drawn = run is not None and observe.tensorboard
+        self._board = sinks.TensorBoard(run.tensorboard, resumed_step=resumed_step) if is_drawn else None
         self._held_out: dict[str, Value] = {}
 
     def step(self, step: int, values: Mapping[str, Value], *, timing: Mapping[str, float] | None = None) -> None:
-        """Record one finished training step and show its row. timing: what the clock says; kept apart from the values."""
+        """Record one finished training step and show its row. timing: what the clock says, in a file of its own."""
         self._append("step", step, values, timing)
         self._console.row(step, {**self._held_out, **values}, timing or {})
         self._held_out = {}
@@ -38,13 +38,6 @@ class RunLog:
         if isinstance(accuracy, int | float):
             self._console.say(f"{step:6d}  held-out accuracy {accuracy:.4f} on {values.get('eval/num_prompts', '?')} prompts")
 
-    def sft(self, step: int, total: int, values: Mapping[str, Value], *, timing: Mapping[str, float] | None = None) -> None:
-        """Record one supervised step; a person sees about twenty of them, and the last."""
-        self._append("sft", step, values, timing)
-        if step == total or step % max(1, total // 20) == 0:
-            shown = "  ".join(f"{name.removeprefix('sft/')} {value:.4g}" for name, value in values.items() if isinstance(value, float))
-            self._console.say(f"{step:6d}/{total}  {shown}")
-
     def sft(self, step: int, num_steps: int, values: Mapping[str, Value]) -> None:
         """Record one step of a supervised warm-up, and show how far it is."""
         self._append("sft", step, values, None)
@@ -52,7 +45,7 @@ class RunLog:
 
     def has(self, kind: str, step: int) -> bool:
         """Whether the file holds that record (`step` or `eval`) already. Only the writing rank knows; False elsewhere."""
-        return self._file is not None and self._file.has(kind, step)
+        return self._metrics is not None and self._metrics.has(kind, step)
 
     def progress(self, what: str, done: int, total: int, tokens: int) -> None:
         """Show how far the roll-out named `what` is: responses and tokens."""
@@ -66,12 +59,13 @@ class RunLog:
 
     def summary(self) -> dict[str, Value]:
         """The whole run in one value a name; empty on ranks that do not write."""
-        return summarise(sinks.read(self._file.path)) if self._file is not None else {}
+        return summarise(sinks.read(self._metrics.path)) if self._metrics is not None else {}
 
     def close(self) -> None:
         self._console.close()
-        for sink in self._sinks:
-            sink.close()
+        for sink in (self._metrics, self._timings, self._board):
+            if sink is not None:
+                sink.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -80,5 +74,9 @@ class RunLog:
         self.close()
 
     def _append(self, kind: str, step: int, values: Mapping[str, Value], timing: Mapping[str, float] | None) -> None:
-        for sink in self._sinks:
-            sink.append(kind, step, values, timing)
+        if self._metrics is not None:
+            self._metrics.append(kind, step, values)
+        if self._timings is not None and timing:
+            self._timings.append(kind, step, timing)
+        if self._board is not None:
+            self._board.append(kind, step, {**values, **{f"timing/{name}": value for name, value in (timing or {}).items()}})

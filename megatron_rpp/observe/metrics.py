@@ -1,7 +1,7 @@
 """The list of everything that a run records, and the text form of a record.
 
-A record is one JSON object on a line, with sorted names, so that two runs of the same seed write the same bytes. What
-the clock says is never among them: it goes into the record's `timing` object, which `without_timing` removes.
+A record is one JSON object on a line, with sorted names, so that two runs of the same seed write the same metrics.jsonl,
+byte for byte. What the clock says is never among them: it has a file of its own, timings.jsonl.
 """
 
 from __future__ import annotations
@@ -77,32 +77,34 @@ def metric(name: str) -> Metric:
     raise ValueError(f"metric {name!r} is not in observe.metrics.METRICS" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
-def encode(kind: str, step: int, values: Mapping[str, Value], timing: Mapping[str, float] | None = None) -> str:
-    """One record as a line of JSON.
+def encode(kind: str, step: int, values: Mapping[str, Value]) -> str:
+    """One record of metrics.jsonl.
 
     Values are plain Python numbers or words; one that is not finite is written as the word "nan", "inf" or "-inf", which
-    JSON has no number for. timing: seconds and rates, kept apart; their names end in `_s` and no other name does.
+    JSON has no number for.
     Raises: ValueError for an unknown or misplaced name; TypeError for a value that is not plain (a tensor, a list).
     """
-    record: dict[str, Any] = {"kind": kind, "step": step}
-    for name in sorted(values):
+    for name in values:
         metric(name)
         if name.endswith("_s"):
             raise ValueError(f"metric {name!r} is a matter of the clock: pass it as timing")
-        record[name] = _plain(name, values[name])
-    if timing:
-        stray = [name for name in timing if not name.endswith("_s")]
-        if stray:
-            raise ValueError(f"timing {stray[0]!r} must end in _s (seconds, or something per second)")
-        record["timing"] = {name: _plain(name, round(timing[name], 6)) for name in sorted(timing)}
-    return json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(", ", ": "))
+    return _line(kind, step, values)
 
 
-def without_timing(line: str) -> str:
-    """The line as it would be had nobody looked at the clock; equal for equal runs."""
-    record = json.loads(line)
-    record.pop("timing", None)
-    return json.dumps(record)
+def encode_timing(kind: str, step: int, timing: Mapping[str, float]) -> str:
+    """One record of timings.jsonl: seconds, and rates per second, to the microsecond.
+
+    Raises: ValueError for a name that does not end in `_s`, which all of these do and no metric does.
+    """
+    stray = [name for name in timing if not name.endswith("_s")]
+    if stray:
+        raise ValueError(f"timing {stray[0]!r} must end in _s (seconds, or something per second)")
+    return _line(kind, step, {name: round(value, 6) for name, value in timing.items()})
+
+
+def _line(kind: str, step: int, values: Mapping[str, Value]) -> str:
+    record = {"kind": kind, "step": step, **{name: _plain(name, values[name]) for name in sorted(values)}}
+    return json.dumps(record, ensure_ascii=True, allow_nan=False)
 
 
 def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Value]:
@@ -110,7 +112,7 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Value]:
     seen: dict[str, list[Any]] = {}
     for record in records:
         for name, value in record.items():
-            if name not in ("kind", "step", "timing"):
+            if name not in ("kind", "step"):
                 seen.setdefault(name, []).append(value)
     return {name: _over_steps(metric(name).over_steps, values) for name, values in seen.items()}
 

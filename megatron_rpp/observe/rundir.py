@@ -1,9 +1,10 @@
 """The run directory: all that a run writes, and all it needs to go on.
 
-config.yaml      every setting in force                 metrics.jsonl    one record a step
-versions.json    Python, packages, this source          tensorboard/     the same, as curves
-patches.json     which runtime patches were active      checkpoints/     see resume.py
-logs/rank-N.log  what rank N printed                    run.lock         held while a process writes here
+config.yaml      every setting in force                 metrics.jsonl    one record a step, equal for equal runs
+versions.json    Python, packages, this source          timings.jsonl    what the clock said of each step
+patches.json     which runtime patches were active      tensorboard/     both, as curves
+logs/rank-N.log  what rank N printed                    checkpoints/     see resume.py
+run.lock         held while a process writes here
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class RunDir:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.timings = path / "timings.jsonl"
         self.tensorboard = path / "tensorboard"
         self.config = path / "config.yaml"
         self.logs = path / "logs"

@@ -1,18 +1,20 @@
-"""Where records go: metrics.jsonl, which is the run's memory, and TensorBoard, which is a view of it."""
+"""Where records go: metrics.jsonl and timings.jsonl, which are the run's memory, and TensorBoard, which is a view of them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_rpp.errors import RppError
-from megatron_rpp.observe.metrics import Value, encode
+from megatron_rpp.observe.metrics import Value
+
+Encode = Callable[[str, int, Mapping[str, Value]], str]
 
 
-class MetricsFile:
+class RecordFile:
     """An append-only file of records.
 
     A line that a crash cut off is removed when the file is opened. A run that goes on from the checkpoint of `resumed_step`
@@ -20,8 +22,9 @@ class MetricsFile:
     there is no such checkpoint and nothing to keep.
     """
 
-    def __init__(self, path: Path, *, resumed_step: int = 0) -> None:
-        self.path = path
+    def __init__(self, path: Path, encode: Encode, *, resumed_step: int = 0) -> None:
+        """encode: metrics.encode or metrics.encode_timing."""
+        self.path, self._encode = path, encode
         path.parent.mkdir(parents=True, exist_ok=True)
         keep = 0
         for offset, record in _records(path):
@@ -30,9 +33,9 @@ class MetricsFile:
         self._file = open(path, "ab")  # noqa: SIM115 -- held open for the length of the run
         self._file.truncate(keep)
 
-    def append(self, kind: str, step: int, values: Mapping[str, Value], timing: Mapping[str, float] | None = None) -> None:
+    def append(self, kind: str, step: int, values: Mapping[str, Value]) -> None:
         """Add one record; it survives the death of this process, and of this host once the kernel has written it back."""
-        self._file.write(encode(kind, step, values, timing).encode("ascii") + b"\n")
+        self._file.write(self._encode(kind, step, values).encode("ascii") + b"\n")
         self._file.flush()
 
     def has(self, kind: str, step: int) -> bool:
@@ -46,7 +49,7 @@ class MetricsFile:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All complete records of a metrics.jsonl, which another process may still be writing."""
+    """All complete records of a file, which another process may still be writing."""
     return [record for _, record in _records(path)]
 
 
@@ -83,9 +86,9 @@ class TensorBoard:
             ) from None
         self._writer = SummaryWriter(str(directory), purge_step=resumed_step + 1 if resumed_step else None, flush_secs=10)
 
-    def append(self, kind: str, step: int, values: Mapping[str, Value], timing: Mapping[str, float] | None = None) -> None:
+    def append(self, kind: str, step: int, values: Mapping[str, Value]) -> None:
         """Words are left out: TensorBoard plots numbers."""
-        for name, value in {**values, **{f"timing/{name}": value for name, value in (timing or {}).items()}}.items():
+        for name, value in values.items():
             if not isinstance(value, str):
                 self._writer.add_scalar(name, value, step)
 

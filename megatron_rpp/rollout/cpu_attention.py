@@ -40,9 +40,7 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
         if encoder_lens is not None or (sliding_window_size or -1) > -1 or query.dtype != k_cache.dtype:
             named = {"encoder_lens": encoder_lens, "scaling": scaling, "enable_gqa": enable_gqa, "causal": causal}
             named |= {"is_cross_attn": is_cross_attn, "sliding_window_size": sliding_window_size}
-            return super()._run_sdpa_forward_decode(
-                query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, **named
-            )
+            return super()._run_sdpa_forward_decode(query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, **named)
         padded = (seq_lens + LENGTH_STEP - 1) // LENGTH_STEP * LENGTH_STEP
         for length in padded.unique().tolist():
             rows = (padded == length).nonzero().squeeze(1)

@@ -67,8 +67,8 @@ class Engine:
         self._finished: list[Completion] = []
         self._outbox = Outbox()
         self._process = EngineProcess(settings, log)
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
+        # The shared context: one of our own would wait for its sockets for ever when an engine is dropped without `close`.
+        self._socket = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(f"ipc://{self._process.folder / SOCKET_NAME}")
 
@@ -89,15 +89,10 @@ class Engine:
 
     @classmethod
     def launch(cls, settings: EngineSettings, *, log: Path) -> Engine:
-        """Start an engine's process and return while it loads; only `await_ready` and `close` may follow.
-
-        To be called on a thread that lives as long as the engine: the kernel ends the process with the thread that made it.
-        """
+        """Start an engine's process and return while it loads; only `await_ready` and `close` may follow."""
         return cls(settings, log)
 
-    def await_ready(
-        self, deadline_s: float, *, version: int | None = None, on_progress: Callable[[str], None] = lambda line: None
-    ) -> None:
+    def await_ready(self, deadline_s: float, *, version: int | None = None, on_progress: Callable[[str], None] = lambda line: None) -> None:
         """Wait until the engine serves; the deadline counts from its launch. It is ended when it does not.
 
         version: what the caller calls the weights of the HF directory; with None nothing can be sampled before an update.
@@ -109,6 +104,7 @@ class Engine:
             hello = self._call("hello", REPLY_S, version=version)
         except BaseException:
             self._process.destroy()
+            self.close()
             raise
         self.version = version
         self.info = EngineInfo(self._process.pid, tuple(hello["reports"]), hello["is_seeded"], time.monotonic() - self._launched)
@@ -265,7 +261,6 @@ class Engine:
             self._process.wait(CLOSE_S)
         self._process.destroy()
         self._socket.close()
-        self._context.term()
         self._outbox.close()
 
     def __enter__(self) -> Engine:

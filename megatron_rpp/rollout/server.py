@@ -56,8 +56,12 @@ class Link:
         self._async: zmq.asyncio.Socket | None = None
 
     def tell(self, **message: Any) -> None:
-        """Send one message; never waits, the client always reads."""
-        self._socket.send_string(json.dumps(message), zmq.NOBLOCK)
+        """Send one message; never waits, the client always reads.
+
+        Once the socket is asynchronous everything goes through its asynchronous face: ZeroMQ signals an arrival once, and
+        a plain send would swallow the signal of a request that arrives meanwhile, which then is never seen.
+        """
+        (self._socket if self._async is None else self._async).send_string(json.dumps(message), zmq.NOBLOCK)
 
     async def receive(self) -> dict[str, Any]:
         """The next request."""

@@ -1,9 +1,10 @@
 """Mean and variance over the tokens of all ranks, and the normalisation made of them.
 
 The mean and the variance are the correctly rounded values of the exact rational results (see exact.py). They are therefore
-the same bits for every number of ranks, every split of the rows over ranks, every order of rows, on any device. For the token population that is a proof: only integers cross ranks. For the sample population it rests on the two
-moments of a single response, which are float64 sums over that response's own tokens in their order; a response is never
-split over ranks, so these too are the same wherever it lies, as long as it is computed on the same kind of device.
+the same bits for every number of ranks, every split of the rows over ranks, every order of rows, on any device. For the
+token population that is a proof: only integers cross ranks. For the sample population it rests on the two moments of a
+single response, which are float64 sums over that response's own tokens in their order; a response is never split over
+ranks, so these too are the same wherever it lies, as long as it is computed on the same kind of device.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ def iter_hf_tensors(
     moment their bucket is made, so nothing may train meanwhile. dtype: None sends the live dtype; another is cast to by the
     sender. Units: deadline_s for each bucket.
     Raises: DeadlineError; GeometryError when two ranks would exchange different things.
+    Source: what slime, verl and NeMo-RL do with pipeline broadcasts and tensor-parallel all-gathers on every rank; here each
+    element goes once to each holder and nowhere else.
     """
     ranks = live.layout.ranks
     target = HFLayout.of(live.layout.model, dtype=dtype or live.layout.dtype, ranks=ranks, holders=holders)

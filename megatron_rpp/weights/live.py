@@ -27,6 +27,7 @@ _LAYER = re.compile(r"^decoder\.layers\.\d+\.")
 class LiveWeights:
     """This rank's share of a running model: tensors[local.name] for every local of layout.locals(rank).
 
+    The tensors are the model's own parameters: write to them under torch.no_grad().
     nodes[rank]: which host each rank of the world runs on, so that the planner can prefer near sources.
     """
 
@@ -103,7 +104,8 @@ def bind(expected: Iterable[Local], named: Iterable[Named]) -> dict[str, Tensor]
             raise GeometryError("wrong shape", where=name, expected=local.shape, got=tuple(tensor.shape))
         if tensor.dtype != local.dtype:
             raise GeometryError("wrong dtype", where=name, expected=local.dtype, got=tensor.dtype)
-    return {name: live[name].detach() for name in wanted}
+    # The parameters themselves and not aliases of their storage: whoever moves memory re-points `parameter.data`.
+    return {name: live[name] for name in wanted}
 
 
 def global_name(name: str, layer: int | None) -> str:

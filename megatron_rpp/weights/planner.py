@@ -2,6 +2,8 @@
 
 Pure and deterministic: every rank computes the whole plan from the same two layouts, nothing is broadcast. What varies
 between models and layouts is in the rectangles; nothing here knows a model.
+Source: rectangle intersection as in Megatron-Core's core/resharding; that one plans on rank 0 from gathered metadata, knows
+one pipeline chunk a rank, and keeps to Megatron's own layouts.
 """
 
 from __future__ import annotations
@@ -58,6 +60,11 @@ class Bucket:
         # Wider elements first: every segment of a block then starts at a multiple of its own element size.
         return {pair: tuple(sorted(found, key=lambda t: -t.dtype.itemsize)) for pair, found in pairs.items()}
 
+    @property
+    def is_local(self) -> bool:
+        """True when no rank has anything for another, as where every holder has the whole model. The same on all ranks."""
+        return all(src == dst for src, dst in self._by_pair)
+
     def between(self, src: int, dst: int) -> tuple[Transfer, ...]:
         """Transfers from src to dst in the order in which they lie in the message."""
         return self._by_pair.get((src, dst), ())
@@ -102,9 +109,10 @@ def plan(src: Layout, dst: Layout, *, nodes: tuple[int, ...] | None = None, buck
     """The transfers that fill every tensor of `dst` from `src`.
 
     Each rectangle comes from one rank: the same GPU before the same node before another node, then the one that has sent
-    least. nodes[rank]: node of each rank, None when all share one. bucket_bytes bounds what any rank sends, and what it
-    receives, in a bucket; a single tensor larger than that travels alone.
-    Cached by the value of the arguments: the plan of a run is made once.
+    least. nodes[rank]: node of each rank, None when all share one. A tensor is never split over buckets, so that the receiver
+    can hand on whole ones. Cached by the value of the arguments: the plan of a run is made once.
+    Units: bucket_bytes bounds what any rank sends, and what it receives, in a bucket; a tensor larger than that travels alone.
+    For all stages to send in every bucket it must be several times pp x the largest tensor.
     Raises: GeometryError when src does not hold some element of dst, or holds it in overlapping rectangles.
     """
     ranks = max(src.ranks, dst.ranks)

@@ -53,6 +53,8 @@ def exchange(
     device = next(iter(sources.values())).device
     for transfer in bucket.between(rank, rank):
         _target(transfer, targets).copy_(_source(transfer, sources))
+    if bucket.is_local:
+        return
     send_bytes = [bucket.message_bytes(rank, peer) for peer in range(ranks)]
     recv_bytes = [bucket.message_bytes(peer, rank) for peer in range(ranks)]
     sent = torch.zeros(sum(send_bytes), dtype=torch.uint8, device=device)

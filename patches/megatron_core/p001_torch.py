@@ -32,9 +32,7 @@ def _overlay() -> ModuleType:
 
 
 def _give(module: ModuleType) -> None:
-    import torch
-
-    if vars(module).get("torch") is torch:
+    if vars(module).get("torch") is sys.modules.get("torch", module):
         module.torch = _overlay()
 
 
@@ -43,12 +41,10 @@ def _show() -> None:
 
 
 def _hide() -> None:
-    import torch
-
     WATCHER.forget(_give)
     for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.") and vars(module).get("torch") is _overlay():
-            module.torch = torch
+        if name.startswith("megatron.") and getattr(vars(module).get("torch"), "_real", None) is sys.modules["torch"]:
+            module.torch = sys.modules["torch"]
 
 
 def _probe_overlay() -> None:
@@ -83,19 +79,18 @@ def _cuda_type(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) and "cuda" not in answer else answer
 
 
-def _set_methods() -> None:
-    import torch
-
+def _set_methods(torch: ModuleType) -> None:
     torch.Tensor.cuda = _for_megatron(torch.Tensor.cuda, _itself)
     torch.Tensor.type = _for_megatron(torch.Tensor.type, _cuda_type)
     torch.nn.Module.cuda = _for_megatron(torch.nn.Module.cuda, _itself)
 
 
 def _unset_methods() -> None:
-    import torch
-
-    del torch.Tensor.cuda, torch.Tensor.type  # both are inherited from the C++ base
-    torch.nn.Module.cuda = torch.nn.Module.cuda.__wrapped__
+    WATCHER.forget(_set_methods)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        del torch.Tensor.cuda, torch.Tensor.type  # both are inherited from the C++ base
+        torch.nn.Module.cuda = torch.nn.Module.cuda.__wrapped__
 
 
 def _probe_methods() -> None:
@@ -125,7 +120,7 @@ PATCHES = (
         why="methods of tensors are out of the overlay's reach: rotary offsets call .cuda(), optimisers and clip_grads compare .type()",
         probe=_probe_methods,
         test="tests/patches/test_necessity.py::test_without_the_patch[p002-tensor-methods]",
-        enable=_set_methods,
+        enable=lambda: WATCHER.watch("torch", _set_methods),
         disable=_unset_methods,
     ),
 )

@@ -134,19 +134,15 @@ def test_a_batch_that_cannot_be_used_raises_the_same_error_on_every_rank(values:
 
 
 def _absent(rank: int) -> str:
-    whiten(torch.arange(2.0), torch.ones(2, dtype=torch.bool), sequence_T=torch.zeros(2, dtype=torch.int64), group=dist.group.WORLD)
+    every_T, sequence_T = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
+    normalise = partial(whiten, torch.arange(2.0), every_T, sequence_T=sequence_T, group=dist.group.WORLD)
+    normalise()
     if rank == 1:
         time.sleep(4)
         return "left"
     start = time.monotonic()
     try:
-        whiten(
-            torch.arange(2.0),
-            torch.ones(2, dtype=torch.bool),
-            sequence_T=torch.zeros(2, dtype=torch.int64),
-            group=dist.group.WORLD,
-            deadline_s=1,
-        )
+        normalise(deadline_s=1)
     except DeadlineError as error:
         return f"{time.monotonic() - start < 3} {error}"
     return "no error"

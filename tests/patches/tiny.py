@@ -151,7 +151,7 @@ def shard(full: torch.Tensor, name: str, param: Any) -> torch.Tensor:
     if not is_split(name, param):
         return full
     group = _group(name)
-    halves = full.chunk(2) if "linear_fc1.weight" in name else (full,)
+    halves = full.chunk(param.partition_stride)
     return torch.cat([half.chunk(group.size(), param.partition_dim)[group.rank()] for half in halves])
 
 
@@ -161,7 +161,7 @@ def gather_full(local: torch.Tensor, name: str, param: Any) -> torch.Tensor:
         return local
     parts = [torch.empty_like(local) for _ in range(_group(name).size())]
     dist.all_gather(parts, local.contiguous(), group=_group(name))
-    if "linear_fc1.weight" not in name:
+    if param.partition_stride == 1:
         return torch.cat(parts, param.partition_dim)
     return torch.cat([part.chunk(2)[half] for half in (0, 1) for part in parts])
 

@@ -75,7 +75,7 @@ def test_a_failed_update_kills_the_engine_for_good(start_engine: Callable[..., E
         load([entry for entry in tensors if entry[0] != tensors[4][0]])
     assert engine.version is None
     dead = "engine-0: the engine is dead: the update to version 1 failed"
-    with pytest.raises(EngineError, match="needs an update first|is dead|needed first"):
+    with pytest.raises(EngineError, match="an update is needed first"):
         engine.submit(tiny.requests(1), version=1)
     with pytest.raises(EngineError, match=dead):
         engine.score([[5, 6]])
@@ -94,13 +94,17 @@ def test_death_while_decoding_is_told_within_seconds_with_the_end_of_the_log(sta
     os.kill(worker, signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(EngineError, match=r"the engine's process ended \(signal SIGKILL\)(?s:.*)end of .*engine-0.log(?s:.*)crashed"):
-        while True:
-            engine.poll(0.5)
+        _poll_for_ever(engine)
     assert time.monotonic() - start < 10
     with pytest.raises(EngineError, match="is dead"), engine.update(1) as load:
         load([("x", torch.zeros(1))])
     engine.close()
     assert not _of_session(engine.info.pid)
+
+
+def _poll_for_ever(engine: Engine) -> None:
+    while True:
+        engine.poll(0.5)
 
 
 OWNER = """

@@ -93,13 +93,22 @@ def test_a_rank_that_does_not_come_is_a_deadline_with_the_buckets_name() -> None
     assert "rank 0 waited longer than 1 s" in message
 
 
-def wrong_world(rank: int) -> None:
-    model = model_of("llama")
+def alone(rank: int) -> None:
+    """One rank: first a plan that is not for it, then one in which nothing has to travel."""
+    model = model_of("llama, tied")
     src = MegatronLayout.even(model, tp=2, dtype=torch.float32)
     found = plan(src, HFLayout.of(model, dtype=torch.float32, ranks=2, holders=(0,)))
     with pytest.raises(GeometryError, match="another world"):
         next(iter_buckets(found, {}, group=dist.group.WORLD, deadline_s=1.0))
+    hf, src = random_hf(model), MegatronLayout.even(model, tp=1, dtype=torch.float32)
+    found = plan(src, HFLayout.of(model, dtype=torch.float32, ranks=1, holders=(0,)), bucket_bytes=5000)
+    received: dict[str, Tensor] = {}
+    with patch.object(dist, "all_to_all_single", side_effect=AssertionError("nothing had to travel")):
+        for bucket in iter_buckets(found, filled(src, hf)[0], group=dist.group.WORLD, deadline_s=1.0):
+            received |= bucket
+    assert received.keys() == hf.keys()
+    assert all(same(received[key], hf[key]) for key in hf)
 
 
-def test_a_plan_for_another_number_of_ranks_is_refused() -> None:
-    run_ranks(1, wrong_world)
+def test_one_rank_copies_and_refuses_a_plan_for_two() -> None:
+    run_ranks(1, alone)

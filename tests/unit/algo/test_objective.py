@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -125,7 +126,7 @@ def test_cutting_a_microbatch_changes_neither_gradient_nor_metrics(cuts: tuple[i
     (loss / num_tokens).backward()
     expected_T, whole[0].grad = whole[0].grad, None
 
-    parts = [policy_objective(*_slice(whole, a, b), FULL) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [policy_objective(*_slice(whole, a, b), FULL) for a, b in pairwise(cuts)]
     assert sum(part[1] for part in parts) == num_tokens
     (sum(part[0] for part in parts) / num_tokens).backward()
     torch.testing.assert_close(whole[0].grad, expected_T, rtol=1e-13, atol=1e-16)

@@ -94,9 +94,8 @@ def test_outside_the_mask_everything_is_zero_and_nothing_is_read() -> None:
 def test_bfloat16_is_upcast_and_float64_is_kept() -> None:
     def dtype_of(dtype: torch.dtype) -> torch.dtype:
         x_T: Tensor = torch.zeros(1, dtype=dtype)
-        return ppo_clip(
-            x_T, x_T, torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool), clip_low=0.2, clip_high=0.2
-        ).loss_T.dtype
+        one_T = torch.ones(1, dtype=torch.float64)
+        return ppo_clip(x_T, x_T, one_T, one_T.bool(), clip_low=0.2, clip_high=0.2).loss_T.dtype
 
     assert dtype_of(torch.bfloat16) == torch.float32
     assert dtype_of(torch.float32) == torch.float32

@@ -23,7 +23,8 @@ def test_the_score_stands_on_the_last_masked_token() -> None:
 
 
 def test_every_masked_token_pays_for_its_distance_to_the_reference() -> None:
-    """beta 0.1: 0.1 * (-1 - -1.5) = 0.05 is taken from the first, 0.1 * (-2 - -1) = -0.1 from the second: 1 + 0.1; the tool token pays none."""
+    """beta 0.1: 0.1 * (-1 - -1.5) = 0.05 is taken from the first token, 0.1 * (-2 - -1) = -0.1 from the last: 1 + 0.1.
+    The tool's token pays nothing."""
     batch = packed([[0, 1, 0, 1]], [1.0], old=[[0, -1, -9, -2]], ref=[[0, -1.5, -1, -1]])
     close(rows_of(token_rewards(batch, batch.score_S, 0.1), batch), [[0.0, -0.05, 0.0, 1.1]])
 

@@ -119,7 +119,7 @@ def test_all_broken_rules_are_reported_at_once_with_their_lines(project: Path, w
 
 
 def test_only_layouts_wrong_is_a_geometry_error(project: Path) -> None:
-    with pytest.raises(GeometryError, match="parallel.dp: 2 would fit"):
+    with pytest.raises(GeometryError, match=r"parallel\.dp: 2 would fit"):
         check(project, "parallel.tp=2", world_size=4)
     assert check(project, "parallel.tp=2", "parallel.dp=2", world_size=4) == ()
 

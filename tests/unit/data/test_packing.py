@@ -115,12 +115,23 @@ def test_balance_by_hand() -> None:
     assert balance([3, 9, 4, 7, 5, 6], 2) == ((0, 1, 4), (2, 3, 5))
 
 
-def test_long_and_short_responses_are_shared_out_inside_each_minibatch() -> None:
-    """Group 0 is long, group 1 short: balanced over the whole batch, rank 0 would have no long response in step 0."""
-    groups = make_groups([[50, 50], [5, 5]], prompt_tokens=1)
-    owners = assign_ranks(groups, 2, num_minibatches=2)
-    assert sorted(owners[:2]) == [0, 1]
-    assert sorted(owners[2:]) == [0, 1]
+@settings(max_examples=60, deadline=None)
+@given(st.lists(LENGTHS, min_size=3, max_size=6), st.integers(1, 4))
+def test_tokens_are_balanced_over_ranks_inside_every_minibatch(lengths: list[list[int]], dp_size: int) -> None:
+    groups = make_groups(lengths)
+    owners = iter(assign_ranks(groups, dp_size, num_minibatches=3))
+    loads = [[0] * dp_size for _ in range(3)]
+    longest = [0] * 3
+    for number, group in enumerate(groups):
+        for response in group.responses:
+            length = len(group.prompt.tokens) + len(response.tokens)
+            loads[number % 3][next(owners)] += length
+            longest[number % 3] = max(longest[number % 3], length)
+    assert all(max(load) - min(load) <= most for load, most in zip(loads, longest, strict=True))
+
+
+def test_groups_are_dealt_round_to_the_minibatches_in_prompt_order() -> None:
+    assert split_minibatches(torch.tensor([0, 0, 1, 2, 2, 4]), 2) == ((0, 1, 3, 4, 5), (2,))
 
 
 def test_more_ranks_than_responses_gives_valid_empty_batches() -> None:

@@ -53,11 +53,8 @@ def test_a_port_and_an_address_that_the_user_set_win_over_the_derived_ones() -> 
 
 
 def test_derived_ports_are_safe_and_differ_between_neighbouring_jobs_and_steps() -> None:
-    ports = {
-        World.from_env(SLURM | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).master_port
-        for job in range(900000, 900050)
-        for step in range(4)
-    }
+    steps = [{"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)} for job in range(900000, 900050) for step in range(4)]
+    ports = {World.from_env(SLURM | step).master_port for step in steps}
     assert len(ports) == 200
     assert min(ports) >= FIRST_PORT
     assert max(ports) < FIRST_PORT + NUM_PORTS <= 32768

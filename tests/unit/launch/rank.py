@@ -16,7 +16,9 @@ behaviour, report = sys.argv[1], Path(sys.argv[sys.argv.index("--report") + 1])
 world = World.from_env()
 if behaviour == "wait":  # before its process id is known, or the first signal would end it
     signal.signal(signal.SIGUSR1, lambda *_: (Path(os.environ["NOTES"]) / f"saved-{world.rank}").touch())
-print(f"rank {world.rank} of {world.size} local {world.local_rank} of {world.local_size} on {world.num_nodes} by {world.launcher}", flush=True)
+print(
+    f"rank {world.rank} of {world.size} local {world.local_rank} of {world.local_size} on {world.num_nodes} by {world.launcher}", flush=True
+)
 if note := os.environ.get("NOTES"):
     (Path(note) / f"pid-{world.rank}").write_text(str(os.getpid()))
 

@@ -46,7 +46,13 @@ def test_transformer_engine_belongs_on_hosts_with_a_gpu_and_only_there(version: 
 
 @pytest.mark.parametrize(
     ("version", "has_kernels", "has_gpu", "status"),
-    [(None, False, False, "ok"), (None, False, True, "warn"), ("0.1", True, True, "ok"), ("0.9.10", False, True, "warn"), ("0.9.10", False, False, "warn")],
+    [
+        (None, False, False, "ok"),
+        (None, False, True, "warn"),
+        ("0.1", True, True, "ok"),
+        ("0.9.10", False, True, "warn"),
+        ("0.9.10", False, False, "warn"),
+    ],
 )
 def test_apex_may_be_absent_but_must_not_be_the_wrong_one(version: str | None, has_kernels: bool, has_gpu: bool, status: str) -> None:
     assert doctor.check_apex(version, has_kernels=has_kernels, has_gpu=has_gpu).status == status

@@ -70,7 +70,8 @@ def test_rich_shows_rows_whole_on_a_narrow_terminal_and_clears_its_bar(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("mode", "stream", "kind"), [("auto", Terminal(), Rich), ("auto", io.StringIO(), Plain), ("plain", Terminal(), Plain), ("rich", io.StringIO(), Rich)]
+    ("mode", "stream", "kind"),
+    [("auto", Terminal(), Rich), ("auto", io.StringIO(), Plain), ("plain", Terminal(), Plain), ("rich", io.StringIO(), Rich)],
 )
 def test_the_console_fits_the_stream_unless_told(mode, stream: io.StringIO, kind: type) -> None:
     assert type(open_console(mode, stream=stream)) is kind
@@ -100,6 +101,7 @@ def test_a_log_records_shows_and_sums_up(tmp_path, capsys: pytest.CaptureFixture
         assert other_rank.summary() == {}
         assert (log.has("eval", 0), other_rank.has("eval", 0)) == (True, False)
     assert [(record["kind"], record["step"]) for record in read(run.metrics)] == [("eval", 0), ("step", 1), ("step", 2), ("sft", 1)]
+    assert read(run.timings) == [{"kind": "step", "step": step, **TIMING} for step in (1, 2)]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "     0  held-out accuracy 0.2500 on 8 prompts"
     assert [line.split()[2] for line in lines[2:4]] == ["0.250", "-"]  # a row shows the evaluation since the row before

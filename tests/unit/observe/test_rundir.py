@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rpp.errors import RppError
-from megatron_rpp.observe.rundir import RunDir, output_to, versions
+from megatron_rpp.observe.rundir import RunDir, versions
 from megatron_rpp.version import __version__
 
 HOLDER = """
@@ -67,13 +67,20 @@ def test_versions_name_what_runs_and_nothing_private() -> None:
     json.dumps(found)
 
 
-def test_all_output_of_a_rank_goes_to_its_log_native_code_included(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    log = RunDir(tmp_path).rank_log(3)
-    for _ in range(2):
-        with output_to(log):
-            print("from python")
-            os.system("echo from a child; echo its error >&2")
-    print("on the terminal again")
-    assert capfd.readouterr().out == "on the terminal again\n"
-    assert log.name == "rank-3.log"
+PRINTER = """
+import os, sys
+from pathlib import Path
+from megatron_rpp.observe.rundir import RunDir, output_to
+for _ in range(2):
+    with output_to(RunDir(Path(sys.argv[1])).rank_log(3)):
+        print("from python")
+        os.system("echo from a child; echo its error >&2")
+print("on the terminal again")
+"""
+
+
+def test_all_output_of_a_rank_goes_to_its_log_native_code_included(tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", PRINTER, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "on the terminal again\n", "")
+    log = tmp_path / "logs" / "rank-3.log"
     assert sorted(log.read_text().splitlines()) == sorted(["from python", "from a child", "its error"] * 2)

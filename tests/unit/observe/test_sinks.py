@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from megatron_rpp.errors import RppError
-from megatron_rpp.observe.sinks import MetricsFile, TensorBoard, read
+from megatron_rpp.observe.metrics import encode
+from megatron_rpp.observe.sinks import RecordFile, TensorBoard, read
 
 
 def fill(path: Path, steps: range, resumed_step: int = 0) -> None:
-    file = MetricsFile(path, resumed_step=resumed_step)
+    file = RecordFile(path, encode, resumed_step=resumed_step)
     for step in steps:
-        file.append("step", step, {"score/mean": step / 7}, {"step_s": 1.0})
+        file.append("step", step, {"score/mean": step / 7})
         if step % 2 == 0:
             file.append("eval", step, {"eval/accuracy": step / 3})
     file.close()
@@ -49,8 +50,8 @@ def test_a_run_without_a_checkpoint_starts_an_empty_file(tmp_path: Path) -> None
 
 def test_a_record_survives_the_death_of_the_process(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from megatron_rpp.observe.sinks import MetricsFile\n"
-        "MetricsFile(Path(sys.argv[1])).append('step', 1, {'score/mean': 0.5}); os.kill(os.getpid(), 9)"
+        "import os, sys; from pathlib import Path; from megatron_rpp.observe.metrics import encode; from megatron_rpp.observe.sinks import RecordFile\n"
+        "RecordFile(Path(sys.argv[1]), encode).append('step', 1, {'score/mean': 0.5}); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.jsonl")], timeout=60)
     assert read(tmp_path / "m.jsonl") == [{"kind": "step", "step": 1, "score/mean": 0.5}]
@@ -61,15 +62,15 @@ def test_garbage_inside_the_file_is_named_not_skipped(tmp_path: Path) -> None:
     fill(path, range(1, 3))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"\x00\x00\x00\n" + lines[1])
-    with pytest.raises(RppError, match=r"metrics\.jsonl:2: not a metrics record"):
-        MetricsFile(path, resumed_step=2)
+    with pytest.raises(RppError, match=r"metrics\.jsonl:2: not a record of a run"):
+        RecordFile(path, encode, resumed_step=2)
     path.write_bytes(lines[0] + b'{"step": "two", "kind": "step"}\n' + lines[1])
     with pytest.raises(RppError, match=r"metrics\.jsonl:2"):
         read(path)
 
 
 def test_a_file_knows_which_records_it_holds(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file = RecordFile(tmp_path / "metrics.jsonl", encode)
     file.append("eval", 4, {"eval/accuracy": 0.5})
     assert file.has("eval", 4)
     assert not file.has("eval", 3)
@@ -89,7 +90,6 @@ def test_tensorboard_reads_back_every_number_and_forgets_steps_taken_again(tmp_p
     for steps, resumed_step, scale in ((range(1, 6), 0, 1.0), (range(4, 6), 3, 2.0)):
         board = TensorBoard(tmp_path, resumed_step=resumed_step)
         for step in steps:
-            board.append("step", step, {"score/mean": scale * step, "policy/note": "word"}, {"step_s": 0.5})
+            board.append("step", step, {"score/mean": scale * step, "policy/note": "word"})
         board.close()
     assert scalars(tmp_path, "score/mean") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 8.0), (5, 10.0)]
-    assert scalars(tmp_path, "timing/step_s")[0] == (1, 0.5)

@@ -20,7 +20,7 @@ def obey(item: RewardInput) -> float:
         "sleep": lambda: time.sleep(600),
         "exit": lambda: os._exit(42),
         "segfault": lambda: ctypes.string_at(0),
-        "memory": lambda: bytearray(64 << 30),
+        "memory": lambda: len(bytes(6 << 30)),  # never touched: without a limit it costs nothing
         "raise": _raise,
         "raise unprintable": _raise_unprintable,
         "sys.exit": lambda: sys.exit(3),

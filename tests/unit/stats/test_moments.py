@@ -129,10 +129,9 @@ def test_values_that_are_not_finite_are_counted_and_refused(population: str) -> 
 
 @pytest.mark.parametrize("population", ["token", "sample"])
 def test_no_value_at_all_is_refused(population: str) -> None:
+    none_T, sequence_T = torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(NumericsError, match="no token to learn from"):
-        whiten(
-            torch.ones(3), torch.zeros(3, dtype=torch.bool), sequence_T=torch.zeros(3, dtype=torch.int64), group=None, population=population
-        )
+        whiten(torch.ones(3), none_T, sequence_T=sequence_T, group=None, population=population)
 
 
 def test_a_variance_beyond_float64_is_refused() -> None:

@@ -35,11 +35,11 @@ def test_chunk_names_are_bound_by_their_real_layer_whatever_their_order() -> Non
     assert (name, layer) == ("decoder.layers.0.mlp.linear_fc1.weight", 6)
 
 
-def test_a_bound_tensor_is_the_live_one() -> None:
-    live = live_parameters()
-    bind(LAYOUT.locals(RANK), live)["decoder.final_layernorm.weight"].fill_(7)
-    (norm,) = [tensor for name, _, tensor in live if name == "decoder.final_layernorm.weight"]
-    assert norm.tolist() == [7] * 24
+def test_a_bound_parameter_is_the_live_one_even_after_its_memory_has_moved() -> None:
+    norm = torch.nn.Parameter(torch.zeros(24))
+    bound = bind(LAYOUT.locals(RANK), replaced(NORM, tensor=norm))[NORM]
+    norm.data = torch.full((24,), 7.0)
+    assert bound.tolist() == [7] * 24
 
 
 def replaced(which: str, **change: object) -> list[Named]:
