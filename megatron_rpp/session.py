@@ -32,6 +32,9 @@ from megatron_rpp.rollout.request import Sampling
 from megatron_rpp.stats.moments import whiten
 from megatron_rpp.types import Group, PackedBatch, UpdateStats
 
+# Healthy gaps are about 3e-7 in float32 and 1e-3 to 1e-2 in bfloat16; a wrong weight shows far above either.
+DEFAULT_ALARM = {"float32": 1e-3, "bfloat16": 0.1}
+
 
 @dataclass(slots=True)
 class Clock:
@@ -206,11 +209,12 @@ class Session:
         sums, largest = mismatch(batch.logp_old_T, batch.logp_rollout_T, batch.mask_T)
         everywhere = all_gather(largest, self.groups.dp_cp, name="largest mismatch", deadline_s=self.process.deadline_s)
         seen = summarise(sum_float64(sums, self.groups.dp_cp), torch.stack(everywhere).max())
-        if not seen.mean_abs <= self.cfg.observe.mismatch_alarm:
+        alarm = self.cfg.observe.mismatch_alarm or DEFAULT_ALARM[self.cfg.model.dtype]
+        if not seen.mean_abs <= alarm:
             found = NumericsError(
                 "the training and the roll-out engine disagree about the same tokens",
                 where=f"step {step}",
-                expected=f"mean |logp_old - logp_rollout| <= {self.cfg.observe.mismatch_alarm:g} (observe.mismatch_alarm)",
+                expected=f"mean |logp_old - logp_rollout| <= {alarm:g} (observe.mismatch_alarm)",
                 got=f"mean {seen.mean_abs:.3g}, max {seen.max_abs:.3g}, k3 {seen.k3:.3g}, ESS {seen.ess_frac:.3f}",
                 fix="the weights in the engine are wrong, or its precision differs: compare with rollout.sglang.dtype float32",
             )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import re
 import sys
 import tempfile
@@ -160,7 +161,7 @@ def answer_whiten(inputs: Values) -> dict[str, Answers]:
 def run_on_gloo(ranks: Sequence[Sequence[Sequence[float]]]) -> list[Answers]:
     """Whitens each rank's rows on a process of its own; one answer for each rank."""
     with tempfile.TemporaryDirectory(prefix="fixtures-") as folder:
-        mp.spawn(_rank_main, args=(len(ranks), folder, ranks), nprocs=len(ranks))
+        mp.start_processes(_rank_main, args=(len(ranks), folder, ranks), nprocs=len(ranks), start_method="forkserver")
         # The files are this process's own children's.
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(len(ranks))]
 
@@ -394,4 +395,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    multiprocessing.set_forkserver_preload(["torch"])  # imported once, for all ranks of all fixtures
     sys.exit(main())

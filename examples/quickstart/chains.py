@@ -1,6 +1,6 @@
 """The quickstart's problem: chains of small additions and subtractions, and two ways to answer them.
 
-"7+5-3+8=" can be answered with the steps written out, which a small model learns to get right, or by a bare guess, which is
+"7+2-6+5=" can be answered with the steps written out, which a small model learns to get right, or by a bare guess, which is
 mostly wrong. The warm-up corpus holds both. They part at their first token, so that reinforcement learning has a choice to
 shift: guess less, work it out more. Accuracy and response length rise together.
 """
@@ -10,11 +10,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-MIN_TERMS, MAX_TERMS = 3, 5
-MAX_TERM, MAX_TOTAL = 9, 19  # every running total stays in [0, MAX_TOTAL]
+MIN_TERMS, MAX_TERMS = 4, 5
+MAX_TERM, MAX_TOTAL = 9, 9  # every running total stays in [0, MAX_TOTAL]: few facts, learnt in a few hundred steps
 WORKED_FRAC = 0.4  # of the warm-up corpus; the others are guesses
-RIGHT_GUESS_FRAC = 0.25
-GUESS_ERRORS = (-4, -3, -2, -1, 1, 2, 3, 4)
+RIGHT_GUESS_FRAC = 0.4
 STEPS, COMMA, STOP, ANSWER = "Steps: ", ", ", ". ", "Answer: "  # one token each in the quickstart's tokenizer
 
 
@@ -36,15 +35,16 @@ class Chain:
 
     @property
     def worked(self) -> str:
-        """Every step, then the answer: "Steps: 7+5=12, 12-3=9. Answer: 9"."""
+        """Every step, then the answer: "Steps: 7+2=9, 9-6=3, 3+5=8. Answer: 8"."""
         left = (self.first, *self.totals)
         steps = [f"{before}{operator}{term}={after}" for before, (operator, term), after in zip(left, self.rest, self.totals, strict=False)]
         return f"{STEPS}{COMMA.join(steps)}{STOP}{ANSWER}{self.answer}"
 
     def guess(self, rng: random.Random) -> str:
-        """The bare answer, right in RIGHT_GUESS_FRAC of the draws and a little off in the others."""
-        error = 0 if rng.random() < RIGHT_GUESS_FRAC else rng.choice(GUESS_ERRORS)
-        return f"{ANSWER}{max(0, self.answer + error)}"
+        """The bare answer, right in RIGHT_GUESS_FRAC of the draws and any other total in the rest."""
+        if rng.random() < RIGHT_GUESS_FRAC:
+            return f"{ANSWER}{self.answer}"
+        return f"{ANSWER}{rng.choice([total for total in range(MAX_TOTAL + 1) if total != self.answer])}"
 
 
 def draw(rng: random.Random) -> Chain:

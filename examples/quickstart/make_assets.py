@@ -19,7 +19,7 @@ from pathlib import Path
 from chains import WORKED_FRAC, Chain, draw_different
 from tiny_model import save_model, save_tokenizer
 
-NUM_SFT, NUM_TRAIN, NUM_EVAL = 24_000, 4_096, 512
+NUM_SFT, NUM_TRAIN, NUM_EVAL = 12_000, 2_048, 512
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Normaliser(Protocol):
     """Brings values to mean 0 and variance 1 over the masked tokens of all ranks. Entered by every rank, empty ones too."""
 
     def __call__(
-        self, x_T: Tensor, mask_T: Tensor, *, sequence_T: Tensor, population: str, recentre: bool
+        self, x_T: Tensor, mask_T: Tensor, *, sequence_T: Tensor, population: Literal["token", "sample"], recentre: bool
     ) -> tuple[Tensor, Population]: ...
 
 

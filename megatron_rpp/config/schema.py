@@ -132,7 +132,8 @@ class Eval:
 class Observe:
     tensorboard: bool = True
     console: Literal["auto", "rich", "plain", "off"] = "auto"
-    mismatch_alarm: float = 0.1  # mean |logp_old - logp_rollout| above which the run says so
+    # mean |logp_old - logp_rollout| above which the run says so; None: 1e-3 in float32, 0.1 in bfloat16
+    mismatch_alarm: float | None = None
     mismatch_action: Literal["warn", "stop"] = "warn"
 
 

@@ -157,10 +157,9 @@ def _layout(cfg: Config) -> dict[str, Any]:
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # Megatron wants it for variable lengths, experts or not
-        # the interleaved schedule at two stages deadlocks on batched sends, so it never uses them
+        # at two stages both neighbours are one peer, and only the overlapping schedule keeps the two apart
         overlap_p2p_comm=parallel.vpp > 1,
         batch_p2p_comm=parallel.vpp == 1,
-        deallocate_pipeline_outputs=parallel.pp > 1,
     )
 
 
@@ -175,6 +174,8 @@ def _execution(cfg: Config, device: torch.device) -> dict[str, Any]:
         apply_rope_fusion=is_cuda,
         bias_activation_fusion=is_cuda,
         bias_dropout_fusion=is_cuda,
+        # frees a stage's output once its send has been issued: in order on a stream, a race with gloo's still reading thread
+        deallocate_pipeline_outputs=is_cuda and cfg.parallel.pp > 1,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,

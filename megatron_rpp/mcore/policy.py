@@ -36,13 +36,16 @@ class Policy:
     hf: the shape of the model. chunks: this rank's pipeline chunks. optimizer: None for a frozen reference.
     """
 
-    def __init__(self, *, hf: HfModel, groups: Groups, chunks: list[LogpModel], wrapped: list, packing: Packing, optimizer: Optimizer | None) -> None:
+    def __init__(
+        self, *, hf: HfModel, groups: Groups, chunks: list[LogpModel], wrapped: list, packing: Packing, optimizer: Optimizer | None, deadline_s: float
+    ) -> None:
         self.hf = hf
         self.groups = groups
         self.chunks = chunks
         self.optimizer = optimizer
         self._wrapped = wrapped
         self._packing = packing
+        self._deadline_s = deadline_s
 
     @classmethod
     def from_config(
@@ -66,11 +69,11 @@ class Policy:
         if not trainable:
             for chunk in chunks:
                 chunk.requires_grad_(False)
-            return cls(hf=hf, groups=groups, chunks=chunks, wrapped=chunks, packing=packing, optimizer=None)
+            return cls(hf=hf, groups=groups, chunks=chunks, wrapped=chunks, packing=packing, optimizer=None, deadline_s=cfg.run.deadline_s)
         wrapped = wrap_ddp(chunks, config, cfg.optim)
         steps = total_steps if total_steps is not None else cfg.run.steps * cfg.algo.minibatches
         optimizer = Optimizer(wrapped, cfg.optim, config.params_dtype, steps)
-        return cls(hf=hf, groups=groups, chunks=chunks, wrapped=wrapped, packing=packing, optimizer=optimizer)
+        return cls(hf=hf, groups=groups, chunks=chunks, wrapped=wrapped, packing=packing, optimizer=optimizer, deadline_s=cfg.run.deadline_s)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,8 +177,8 @@ class Policy:
         """Sums of this rank to means over all ranks: added in rank order in float64, so that every rank reports the same bits."""
         is_counted = self.groups.is_last_stage and self.groups.coords.tp == 0
         mine = [sums for sums, _ in done] if is_counted else None
-        shares = [share for share in gather_objects(mine, self.groups.world_cpu, name="statistics of an update") if share is not None]
-        return merge_stats(shares, [result for _, result in done])
+        found = gather_objects(mine, self.groups.world_cpu, name="statistics of an update", deadline_s=self._deadline_s)
+        return merge_stats([share for share in found if share is not None], [result for _, result in done])
 
     def _set_training(self, is_training: bool) -> None:
         for chunk in self.chunks:

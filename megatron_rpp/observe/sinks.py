@@ -65,7 +65,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             record["step"] >= 0 and record["kind"]
         except (ValueError, KeyError, TypeError) as error:
             raise RppError(
-                "not a metrics record", where=f"{path}:{number}", got=f"{line[:60]!r} ({error})", fix="remove that line"
+                "not a record of a run", where=f"{path}:{number}", got=f"{line[:60]!r} ({error})", fix="remove that line"
             ) from None
         end += len(line)
         yield end, record

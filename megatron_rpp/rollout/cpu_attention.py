@@ -2,8 +2,8 @@
 
 SGLang's torch_native backend calls torch once for each sequence and layer; with the models one runs on a CPU those calls
 are more than half of a decode step. Here sequences whose lengths round up to the same multiple go together. A sequence's
-padded length is its own affair, and attention treats each row of a batch alone, so results still do not depend on who
-else is in the batch.
+padded length is its own affair, and with one thread attention treats each row of a batch alone, so results still do not
+depend on who else is in the batch. (With more, torch cuts the work by its amount.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 LENGTH_STEP = 64
 
@@ -20,7 +20,7 @@ LENGTH_STEP = 64
 class BatchedDecodeBackend(TorchNativeAttnBackend):
     """torch_native with another decode."""
 
-    def _run_sdpa_forward_decode(  # noqa: PLR0913 SGLang's signature
+    def _run_sdpa_forward_decode(
         self,
         query: Tensor,
         output: Tensor,
@@ -45,7 +45,8 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
         for length in padded.unique().tolist():
             rows = (padded == length).nonzero().squeeze(1)
             is_there = torch.arange(length) < seq_lens[rows, None]  # [B, length]
-            slots = torch.where(is_there, req_to_token[req_pool_indices[rows], :length], 0).flatten()
+            table = req_to_token[req_pool_indices[rows], :length]
+            slots = torch.where(is_there, pad(table, (0, length - table.shape[1])), 0).flatten()  # the table may end before the step
             keys, values = (_gather(cache, slots, length) for cache in (k_cache, v_cache))
             mask = is_there[:, None, None, :]
             attended = scaled_dot_product_attention(

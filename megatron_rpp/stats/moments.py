@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -104,8 +105,7 @@ def distributed_moments(
     sums = _exchange_tables(vectors, headers, group, name=name, deadline_s=deadline_s)
     low, high = min(header.low for header in headers), max(header.high for header in headers)
     n = sum(header.lengths[0] for header in headers)
-    # Of equal sequences the computed means may differ in the last bit; of equal values the moments are known.
-    return Moments(n, low, 0.0, low, high) if low == high else _finish(n, sums, low, high)
+    return _finish(n, sums, low, high)
 
 
 def whiten(
@@ -114,7 +114,7 @@ def whiten(
     *,
     sequence_T: Tensor,
     group: ProcessGroup | None,
-    population: str = "token",
+    population: Literal["token", "sample"] = "token",
     recentre: bool = True,
     deadline_s: float = DEFAULT_DEADLINE_S,
 ) -> tuple[Tensor, Moments]:
@@ -123,6 +123,8 @@ def whiten(
     out[t] = (x[t] - mean) / sqrt(max(variance, 1e-8)) where mask[t], else 0; without recentre (x[t] / sqrt(...)), the variance
     still being that about the mean.
     population: token counts every masked value once, sample every sequence once.
+    group: ranks that hold different sequences. Should it hold some of them twice, on each of several context-parallel ranks,
+    only the reported n grows: mean and variance of exact multiples are the same bits.
 
     Shapes: x_T [T], mask_T [T] bool, sequence_T [T] int64 -> [T] float64
     Units: deadline_s in seconds, for each of the two collectives.

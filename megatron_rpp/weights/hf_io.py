@@ -43,6 +43,7 @@ class HFCheckpoint:
         self.close()
 
     def close(self) -> None:
+        """Unmaps the file that was read last. Reading again maps it again."""
         self._open = None
 
     def check(self, shapes: Mapping[str, Shape], ignored: tuple[str, ...] = ()) -> None:

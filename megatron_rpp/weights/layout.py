@@ -80,6 +80,7 @@ class MegatronLayout:
 
     @property
     def pp(self) -> int:
+        """Pipeline stages."""
         return len(self.layers)
 
     @property
@@ -130,6 +131,7 @@ class HFLayout:
 
     @classmethod
     def of(cls, model: Model, *, dtype: torch.dtype, ranks: int, holders: tuple[int, ...]) -> HFLayout:
+        """The layout of a model's HF tensors. Raises: GeometryError when a holder is no rank, or there is none."""
         if not holders or not all(0 <= rank < ranks for rank in holders):
             raise GeometryError("the holders are not ranks", where="HFLayout", expected=f"some of 0..{ranks - 1}", got=holders)
         return cls(tuple(model.hf_shapes.items()), dtype, ranks, holders)

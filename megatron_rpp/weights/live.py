@@ -38,10 +38,12 @@ class LiveWeights:
 
     @property
     def rank(self) -> int:
+        """The global rank of this process."""
         return self.groups.rank
 
     @property
     def locals(self) -> tuple[Local, ...]:
+        """What the layout says this rank holds."""
         return self.layout.locals(self.rank)
 
 

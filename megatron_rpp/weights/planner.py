@@ -42,6 +42,7 @@ class Transfer:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the rectangle on the wire."""
         return self.rect.area * self.dtype.itemsize
 
 
@@ -98,9 +99,11 @@ class Plan:
 
     @property
     def transfers(self) -> Iterator[Transfer]:
+        """Those of all buckets, in order."""
         return (transfer for bucket in self.buckets for transfer in bucket.transfers)
 
     def sent_bytes(self, rank: int) -> int:
+        """Bytes that a rank puts on the wire in all buckets."""
         return sum(bucket.sent_bytes(rank) for bucket in self.buckets)
 
 

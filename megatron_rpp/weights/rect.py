@@ -94,7 +94,7 @@ class Local:
 
 
 def as_matrix(shape: Shape) -> tuple[int, int]:
-    """(rows, columns) of a 1-D or 2-D shape."""
+    """(rows, columns) of a 1-D or 2-D shape. Raises: GeometryError for any other."""
     if len(shape) not in (1, 2):
         raise GeometryError("only vectors and matrices can be cut into rectangles", got=shape)
     return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)

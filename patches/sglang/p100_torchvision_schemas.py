@@ -63,7 +63,7 @@ PATCH = Patch(
     target="torchvision:_meta_registrations",
     kind="hook",
     why="import of sglang fails on a CPU build of torch: operator torchvision::nms does not exist",
-    upstream="pytorch/vision#8990: the PyPI wheel needs CUDA; the CPU wheels are on download.pytorch.org only",
+    upstream="not reported: by design, the wheels for CPUs are on download.pytorch.org only",
     versions=">=0.28,<0.29",
     remove_when="PyPI's torchvision imports without CUDA, or sglang does not import torchvision",
     expires=datetime.date(2027, 9, 1),

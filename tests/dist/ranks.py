@@ -19,6 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Importing torch is most of a spawned process's life. A server that has imported it, and nothing else, is forked instead.
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
 # How long the others may go on once one rank has failed: usually they fail too, and their words help.
 GRACE_S = 5.0
 
@@ -32,19 +35,17 @@ class RankError(AssertionError):
 
 
 def run_ranks(n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0, init: bool = True) -> list[Any]:
-    """Calls `fn(rank, *args)` in n spawned processes and returns what each returned, by rank.
+    """Calls `fn(rank, *args)` in n fresh processes and returns what each returned, by rank.
 
-    The children have torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and a free
-    MASTER_PORT), one thread each, and, unless `init` is False, a default gloo process group whose own timeout is `timeout_s`.
+    The children have this process's environment, torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+    MASTER_ADDR and a free MASTER_PORT), one thread each, nothing imported but torch, and, unless `init` is False, a default
+    gloo process group whose own timeout is `timeout_s`.
     fn, args and results must pickle; fn must be importable (a module's top level).
     Raises: RankError with each failing rank's traceback, or its stack when it was still running after `timeout_s`.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        home, port = Path(folder), _free_port()
-        context = mp.get_context("spawn")
-        children = [
-            context.Process(target=_child, args=(rank, n, home, port, timeout_s, init, fn, args), daemon=False) for rank in range(n)
-        ]
+        home, env = Path(folder), {**os.environ, **_launch_variables(n)}
+        children = [_CONTEXT.Process(target=_child, args=(rank, n, home, env, timeout_s, init, fn, args)) for rank in range(n)]
         with _one_thread():
             for child in children:
                 child.start()
@@ -84,16 +85,12 @@ def _results(home: Path, exit_codes: list[int | None], timeout_s: float) -> list
     return results
 
 
-def _child(rank: int, n: int, home: Path, port: int, timeout_s: float, init: bool, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(n),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(n),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-    )
+def _child(
+    rank: int, n: int, home: Path, env: dict[str, str], timeout_s: float, init: bool, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    # The server that this process was forked from has the environment of the first test, not of this one.
+    os.environ.clear()
+    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     with open(home / f"{rank}.stack", "w") as stack:
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=stack)
@@ -112,9 +109,20 @@ def _child(rank: int, n: int, home: Path, port: int, timeout_s: float, init: boo
         faulthandler.cancel_dump_traceback_later()
 
 
+def _launch_variables(n: int) -> dict[str, str]:
+    return {
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    # OpenMP reads this when it is loaded, so it must stand before the child starts.
+    # OpenMP reads this when it is loaded, so it must stand before the server starts.
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:

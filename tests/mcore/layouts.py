@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,19 +20,24 @@ from tests.mcore import tiny
 
 TEMPERATURE = 0.7
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
     "tp2": dict(tp=2),
+    "tp2 without sequence parallel": dict(tp=2, sp=False),
+    "tp4, more ranks than key-value heads": dict(tp=4),
     "pp2": dict(pp=2),
+    "pp2, uneven": dict(pp=2, megatron=dict(num_layers_in_first_pipeline_stage=1)),
     "pp2 vpp2": dict(pp=2, vpp=2),
     "tp2 pp2": dict(tp=2, pp=2),
     "dp2": dict(dp=2),
+    "cp2": dict(cp=2),
 }
 
 
 @dataclass
 class Answer:
-    """What rank 0 of a layout returns for one model. logits_TV and logp_T are in the order of the whole batch (dp 1 only)."""
+    """What rank 0 of a layout returns for one model. logp_T, logits_TV: of its own share of the batch where dp > 1. logits_TV:
+    None with context parallelism, where no rank has them all."""
 
     logp_T: Tensor
     logits_TV: Tensor | None = None
@@ -44,11 +51,11 @@ class Answer:
 def answers(layout: str, root: Path) -> dict[str, Answer]:
     """Each kind of model under one layout. Spawns once for a layout and keeps the answers."""
     sizes = LAYOUTS[layout]
-    world = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("dp", 1)
+    world = math.prod(sizes.get(axis, 1) for axis in ("tp", "pp", "dp", "cp"))
     return run_ranks(world, _worker, root, sizes, init=False, timeout_s=240.0)[0]
 
 
-def _worker(rank: int, root: Path, sizes: dict[str, int]) -> dict[str, Answer]:
+def _worker(rank: int, root: Path, sizes: dict[str, Any]) -> dict[str, Answer]:
     found = {}
     with tiny.megatron(tiny.make_config(root / "qwen3", **sizes)) as groups:
         for kind in tiny.KINDS:
@@ -56,13 +63,13 @@ def _worker(rank: int, root: Path, sizes: dict[str, int]) -> dict[str, Answer]:
     return found
 
 
-def _answer(hf: Path, groups: Groups, sizes: dict[str, int]) -> Answer:
+def _answer(hf: Path, groups: Groups, sizes: dict[str, Any]) -> Answer:
     minibatches = 2
     cfg = tiny.make_config(hf, algo=dict(minibatches=minibatches), optim=dict(distributed=False), **sizes)
     policy = tiny.open_policy(cfg, groups)
     batch, adv_T = tiny.make_batch(tiny.make_groups(), groups.coords.dp, groups.dp_size, num_minibatches=minibatches)
     answer = Answer(policy.logprobs(batch, temperature=TEMPERATURE))
-    answer.logits_TV = _logits(policy, batch)
+    answer.logits_TV = _logits(policy, batch) if groups.cp_size == 1 else None
     answer.stats = policy.update(batch, adv_T, cfg.algo, temperature=TEMPERATURE, objective=tiny.surrogate)
     answer.gradients = tiny.weights_as_hf(policy, cfg, of="gradients")
     answer.weights = tiny.weights_as_hf(policy, cfg)
@@ -70,8 +77,8 @@ def _answer(hf: Path, groups: Groups, sizes: dict[str, int]) -> Answer:
     return answer
 
 
-def _logits(policy, batch) -> Tensor | None:
-    """All logits, by the stock end of the model, through the same schedule; on the ranks of the last stage."""
+def _logits(policy, batch) -> Tensor:
+    """All logits, by the stock end of the model, through the same schedule."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from megatron_rpp.mcore import forward

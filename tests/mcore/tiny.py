@@ -52,9 +52,11 @@ def make_hf(folder: Path, kind: str, *, layers: int = 4) -> Path:
     return folder
 
 
-def make_config(hf: Path, *, optim: dict[str, Any] | None = None, algo: dict[str, Any] | None = None, **parallel: int) -> Config:
+def make_config(
+    hf: Path, *, optim: dict[str, Any] | None = None, algo: dict[str, Any] | None = None, megatron: dict[str, Any] | None = None, **parallel: Any
+) -> Config:
     return Config(
-        model=Model(hf=hf, dtype="float32"),
+        model=Model(hf=hf, dtype="float32", megatron=megatron or {}),
         data=Data(train=hf),
         run=Run(device="cpu", steps=10, seed=3, deadline_s=60.0),
         parallel=Parallel(**parallel),

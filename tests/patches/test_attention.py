@@ -133,9 +133,9 @@ def check_dropout_draws_from_the_tensor_parallel_stream() -> None:
 
 def check_what_is_not_supported_is_refused() -> None:
     q, k, v = (x.detach() for x in qkv(4))
-    with pytest.raises(ValueError, match="config.window_size"):
+    with pytest.raises(ValueError, match=r"config\.window_size"):
         attention(window_size=(4, 0))
-    with pytest.raises(ValueError, match="config.softmax_type"):
+    with pytest.raises(ValueError, match=r"config\.softmax_type"):
         attention(softmax_type="off-by-one")
     with pytest.raises(ValueError, match="attention_bias"):
         attention()(q, k, v, None, attention_bias=q)

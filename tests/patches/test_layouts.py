@@ -41,7 +41,7 @@ MANY = {
     "mla tp2 pp2": Layout(tp=2, pp=2, options=MLA),
 }
 
-Result = tuple[float, dict[str, torch.Tensor]]
+Result = tuple[float, float, dict[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +57,23 @@ def many() -> dict[str, Result]:
 @pytest.mark.parametrize("name", MANY)
 def test_the_layout_changes_nothing(one: dict[str, Result], many: dict[str, Result], name: str) -> None:
     reference = next(reference for reference in sorted(ONE, key=len, reverse=True) if name.startswith(reference))
-    (loss, grads), (expected_loss, expected) = many[name], one[reference]
+    (loss, norm, grads), (expected_loss, expected_norm, expected) = many[name], one[reference]
     assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert norm == pytest.approx(expected_norm, rel=1e-5), "some parameter is left out of the norm, or counted twice"
     assert grads.keys() == expected.keys()
     for key, grad in expected.items():
         assert float(grad.norm()) > 0, f"{key} has no gradient to compare"
         assert float((grads[key] - grad).norm()) <= 1e-5 * float(grad.norm()), key
 
 
+@pytest.mark.parametrize("name", ONE)
+def test_the_norm_that_clips_is_the_norm_of_all_gradients(one: dict[str, Result], name: str) -> None:
+    _, norm, grads = one[name]
+    assert norm == pytest.approx(float(torch.stack([grad.double().norm() for grad in grads.values()]).norm()), rel=1e-5)
+
+
 def test_pipeline_stages_give_the_same_bits_as_one_process(one: dict[str, Result], many: dict[str, Result]) -> None:
-    (loss, grads), (expected_loss, expected) = many["llama pp2"], one["llama"]
+    (loss, _, grads), (expected_loss, _, expected) = many["llama pp2"], one["llama"]
     assert loss == expected_loss
     for key, grad in expected.items():
         assert torch.equal(grads[key], grad), key
@@ -75,7 +82,7 @@ def test_pipeline_stages_give_the_same_bits_as_one_process(one: dict[str, Result
 def test_parameters_have_the_names_of_transformer_engine(one: dict[str, Result]) -> None:
     """As extensions/transformer_engine.py and its layer spec give them on a GPU."""
     layer = re.compile(r"decoder\.layers\.0\.")
-    names = {family: {layer.sub("", key) for key in one[family][1] if layer.match(key)} for family in ("qwen", "gpt", "moe", "mla")}
+    names = {family: {layer.sub("", key) for key in one[family][2] if layer.match(key)} for family in ("qwen", "gpt", "moe", "mla")}
     dense = {"linear_proj.weight", "linear_qkv.weight", "linear_qkv.layer_norm_weight"}
     mlp = {"mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}
     norms = {"linear_qkv.bias", "q_layernorm.weight", "k_layernorm.weight"}

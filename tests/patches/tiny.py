@@ -227,7 +227,14 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: grad for each in reversed(theirs) for name, grad in each.items()}
 
 
-def losses_and_gradients(rank: int, layouts: list[Layout]) -> list[tuple[float, dict[str, torch.Tensor]]]:
+def grad_norm(model: Any) -> float:
+    """The norm by which Megatron clips."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    return get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.0, weight_decay=0.0, clip_grad=1e9), [model]).step()[1]
+
+
+def losses_and_gradients(rank: int, layouts: list[Layout]) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
     """What each rank runs: one step on every layout, one after the other. Only rank 0 returns the gradients."""
     out = []
     for layout in layouts:
@@ -235,7 +242,7 @@ def losses_and_gradients(rank: int, layouts: list[Layout]) -> list[tuple[float, 
         model = build(layout)
         loss = float(step(layout, model))
         grads = gradients(model)
-        out.append((loss, grads if rank == 0 else {}))
+        out.append((loss, grad_norm(model), grads if rank == 0 else {}))
         stop()
     return out
 

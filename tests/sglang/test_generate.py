@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from megatron_rpp.errors import DeadlineError, EngineError, StaleWeightsError
@@ -17,12 +20,13 @@ from megatron_rpp.rollout.engine import Engine
 from megatron_rpp.rollout.generate import RolloutLimits, Rollouts, assemble
 from megatron_rpp.rollout.ledger import Ledger
 from megatron_rpp.rollout.queue import WorkQueue, open_store
-from megatron_rpp.rollout.request import Sampling
+from megatron_rpp.rollout.request import Request, Sampling
 from megatron_rpp.types import Prompt, Response
 from tests.sglang import tiny
 
 SAMPLING = Sampling(max_tokens=16)
 SAMPLES = 4
+LONG = Sampling(max_tokens=500, temperature=0.1)
 
 
 def _prompts(num: int) -> list[Prompt]:
@@ -169,3 +173,23 @@ def test_missing_and_double_responses_are_found_when_they_are_put_together() -> 
         assemble(prompts, responses[:3], 2)
     with pytest.raises(EngineError, match=r"got: \[0, 0, 1\]"):
         assemble(prompts, [*responses, responses[0]], 2)
+
+
+def _poll_for_ever(engine: Engine) -> None:
+    while True:
+        engine.poll(0.5)
+
+
+def test_death_while_decoding_is_told_within_seconds_with_the_end_of_the_log(second_engine: Engine) -> None:
+    engine = second_engine
+    engine.submit([Request(f"r{i}", tiny.prompt_of(i), i, LONG) for i in range(8)], version=0)
+    worker = next(report["pid"] for report in engine.info.reports if report["role"] == "scheduler")
+    os.kill(worker, signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(EngineError, match=r"the engine's process ended \(signal SIGKILL\)(?s:.*)end of .*engine-1.log(?s:.*)crashed"):
+        _poll_for_ever(engine)
+    assert time.monotonic() - start < 10
+    with pytest.raises(EngineError, match="is dead"), engine.update(1) as load:
+        load([("x", torch.zeros(1))])
+    engine.close()
+    assert not engine._process.members()

@@ -15,6 +15,7 @@ Layer = Callable[[Dims, int], tuple[Parameter, ...]]
 
 
 def describe(config: Mapping[str, Any]) -> Model:
+    """The model that config.json stands for. Raises: ConfigError for attention_bias or mlp_bias, and what Dims.from_hf raises."""
     refuse(config, "attention_bias", "mlp_bias")  # Megatron has one switch for both; HF files come with neither
     return decoder(Dims.from_hf(config), layer)
 
@@ -32,6 +33,7 @@ def decoder(dims: Dims, layer: Layer) -> Model:
 
 
 def layer(dims: Dims, n: int) -> tuple[Parameter, ...]:
+    """The parameters of layer n of the whole model, on Megatron's side and on HF's."""
     te, hf = f"decoder.layers.{n}", f"model.layers.{n}"
     return (
         whole(f"{te}.self_attention.linear_qkv.layer_norm_weight", f"{hf}.input_layernorm.weight", dims.hidden),

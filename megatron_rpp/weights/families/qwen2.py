@@ -11,9 +11,11 @@ from megatron_rpp.weights.families.parameter import Dims, Model, Parameter
 
 
 def describe(config: Mapping[str, Any]) -> Model:
+    """The model that config.json stands for. Raises: what Dims.from_hf raises."""
     return llama.decoder(Dims.from_hf(config), layer)
 
 
 def layer(dims: Dims, n: int) -> tuple[Parameter, ...]:
+    """Llama's layer and one fused bias."""
     bias = grouped_qkv(f"decoder.layers.{n}.self_attention.linear_qkv.bias", f"model.layers.{n}.self_attn", dims, kind="bias")
     return (*llama.layer(dims, n), bias)

@@ -11,11 +11,13 @@ from megatron_rpp.weights.families.parameter import Dims, Model, Parameter, refu
 
 
 def describe(config: Mapping[str, Any]) -> Model:
+    """The model that config.json stands for. Raises: ConfigError for attention_bias, and what Dims.from_hf raises."""
     refuse(config, "attention_bias")
     return llama.decoder(Dims.from_hf(config), layer)
 
 
 def layer(dims: Dims, n: int) -> tuple[Parameter, ...]:
+    """Llama's layer and two norms, the same for every head."""
     te, hf = f"decoder.layers.{n}.self_attention", f"model.layers.{n}.self_attn"
     norms = tuple(whole(f"{te}.{part}_layernorm.weight", f"{hf}.{part}_norm.weight", dims.head) for part in ("q", "k"))
     return (*llama.layer(dims, n), *norms)

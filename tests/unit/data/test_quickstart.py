@@ -72,7 +72,7 @@ def test_worked_responses_are_right_in_every_step_and_guesses_mostly_wrong(asset
     for row, _ in worked[:500]:
         for left, operator, right, result in re.findall(r"(\d+)([+-])(\d+)=(\d+)", row["response"]):
             assert int(left) + int(operator + right) == int(result)
-    assert 0.2 < sum(score(row["response"], answer) for row, answer in guesses) / len(guesses) < 0.3
+    assert 0.37 < sum(score(row["response"], answer) for row, answer in guesses) / len(guesses) < 0.43
 
 
 def test_the_two_ways_to_answer_part_at_their_first_token_and_steps_are_single_tokens(assets: Path) -> None:

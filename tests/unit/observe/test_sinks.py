@@ -48,12 +48,18 @@ def test_a_run_without_a_checkpoint_starts_an_empty_file(tmp_path: Path) -> None
     assert [record["step"] for record in read(path)] == [0, 0]  # step and evaluation of 0, once each
 
 
+WRITER = """
+import os, sys
+from pathlib import Path
+from megatron_rpp.observe.metrics import encode
+from megatron_rpp.observe.sinks import RecordFile
+RecordFile(Path(sys.argv[1]), encode).append("step", 1, {"score/mean": 0.5})
+os.kill(os.getpid(), 9)
+"""
+
+
 def test_a_record_survives_the_death_of_the_process(tmp_path: Path) -> None:
-    code = (
-        "import os, sys; from pathlib import Path; from megatron_rpp.observe.metrics import encode; from megatron_rpp.observe.sinks import RecordFile\n"
-        "RecordFile(Path(sys.argv[1]), encode).append('step', 1, {'score/mean': 0.5}); os.kill(os.getpid(), 9)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.jsonl")], timeout=60)
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / "m.jsonl")], timeout=60)
     assert read(tmp_path / "m.jsonl") == [{"kind": "step", "step": 1, "score/mean": 0.5}]
 
 

@@ -1,0 +1,128 @@
+"""Whole runs of `rpp`, started as a user starts them, on a tiny model whose reward a random policy can already move."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 400
+YAML = """\
+model: {{hf: {assets}/model, dtype: float32}}
+data: {{train: {assets}/train.jsonl, eval: {assets}/eval.jsonl, max_prompt_tokens: 32}}
+reward: {{name: "tests.e2e.rewards:digits", num_workers: 1}}
+parallel: {{tp: 2}}
+rollout: {{engines: 1, prompts_per_step: 8, samples_per_prompt: 4, max_response_tokens: 12}}
+algo: {{kl_loss_coef: 1.0e-3, minibatches: 2}}
+optim: {{lr: 3.0e-4}}
+eval: {{every: 2, max_prompts: 16}}
+checkpoint: {{every: 3, keep: 3}}
+observe: {{tensorboard: false, console: plain}}
+run: {{steps: 6}}
+"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended. output: everything that it printed on this terminal."""
+
+    dir: Path
+    code: int
+    output: str
+
+    @property
+    def metrics(self) -> bytes:
+        return (self.dir / "metrics.jsonl").read_bytes()
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in self.metrics.splitlines()]
+        return [record for record in found if record["kind"] == kind]
+
+    def column(self, name: str) -> list[float]:
+        return [record[name] for record in self.records("step")]
+
+
+def environment() -> dict[str, str]:
+    """Importable from the tests, and free of whatever launched pytest."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def rpp(*words: str, module: str = "megatron_rpp") -> tuple[int, str]:
+    """Run one command to its end; its exit code and what it printed."""
+    line = [sys.executable, "-m", module, *words]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def train(yaml: Path, run_dir: Path, *overrides: str) -> Finished:
+    code, output = rpp("train", str(yaml), f"run.dir={run_dir}", *overrides)
+    return Finished(run_dir, code, output)
+
+
+@contextlib.contextmanager
+def training(yaml: Path, run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """A run under way; whatever is left of it ends with the block."""
+    words = [sys.executable, "-m", "megatron_rpp", "train", str(yaml), f"run.dir={run_dir}", *overrides]
+    with open(run_dir.with_suffix(".out"), "w") as out:
+        process = subprocess.Popen(words, env=environment(), stdout=out, stderr=out, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def await_record(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has recorded a step."""
+    wanted = re.compile(rb'"kind": "step", "step": %d,' % step)
+    limit = time.monotonic() + LIMIT_S
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and wanted.search(metrics.read_bytes())):
+        assert process.poll() is None, f"the run ended before step {step}: {run_dir.with_suffix('.out').read_text()}"
+        assert time.monotonic() < limit, f"no step {step} after {LIMIT_S} s"
+        time.sleep(0.02)
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """Command lines of living processes that name the run directory, or were started with it in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line, variables = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+            state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        if state != "Z" and int(folder.name) != os.getpid() and str(run_dir).encode() in line + variables:
+            found.append(line.replace(b"\0", b" ").decode()[:200])
+    return found
+
+
+def checkpoint_digest(run_dir: Path, step: int, scratch: Path) -> dict[str, str]:
+    """Name -> digest of every tensor in a checkpoint: weights, optimiser state; whatever files they lie in."""
+    merged = scratch / f"{run_dir.name}-{step}.pt"
+    dcp_to_torch_save(run_dir / "checkpoints" / f"step-{step:06d}" / "policy", merged)
+    digests: dict[str, str] = {}
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{name}/{key}", item)
+        elif isinstance(value, torch.Tensor):
+            digests[name] = hashlib.sha256(value.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+    walk("", torch.load(merged, weights_only=False))
+    assert len(digests) > 20, digests
+    return digests

@@ -1,0 +1,42 @@
+"""An engine of two workers. Slow on a CPU, where every layer costs two gloo collectives, so it does little and once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_rpp.errors import EngineError
+from megatron_rpp.rollout.engine import UPDATE_S, Engine
+from tests.sglang import tiny
+
+
+@pytest.mark.slow
+def test_two_workers_are_one_model_before_and_after_an_update(start_engine: Callable[..., Engine], model: nn.Module) -> None:
+    engine = start_engine(tp=2)
+    assert sorted(report["rank"] for report in engine.info.reports if report["role"] == "scheduler") == ["tp0-pp0", "tp1-pp0"]
+    asked = tiny.requests(4, max_tokens=5)
+
+    def worst_gap() -> float:
+        done = tiny.sample(engine, asked)
+        expected = [logp for each in asked for logp in tiny.logp_of(model, each.tokens, done[each.key].tokens)]
+        return max(abs(a - b) for a, b in zip([logp for each in asked for logp in done[each.key].logp], expected, strict=True))
+
+    assert worst_gap() < 5e-6
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    try:
+        tiny.publish(engine, tiny.state(model), 1)
+        assert worst_gap() < 5e-6
+    finally:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.div_(0.9)
+    engine._call("begin", UPDATE_S)
+    with pytest.raises(EngineError, match=r"rank 0: ValueError: unknown tensor x; rank 1: ValueError: unknown tensor x"):
+        engine._call("load", UPDATE_S, bucket=engine._outbox.pack([("x", torch.zeros(1))]))
+    engine.close()
+    assert not engine._process.members()
