@@ -1,9 +1,8 @@
-"""Small, versioned, self-proving changes to the libraries megatron_rpp runs on. See README.md for the list.
+"""Small, versioned, self-proving changes to the libraries megatron_rpp runs on. README.md lists them.
 
-import megatron_rpp_patches
-megatron_rpp_patches.apply("megatron_core")    # before any import of megatron; no-op where CUDA is there
-...
-megatron_rpp_patches.verify("megatron_core")   # after the imports: every patch stands and its probe passes
+In every process, before the library is imported, `apply("megatron_core")`; processes that multiprocessing starts from
+there on do the same by themselves. `verify("megatron_core")` imports what is left, and raises unless every patch stands
+and its probe passes. `report()` says what is active and why the rest is not.
 """
 
 from __future__ import annotations

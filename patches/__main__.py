@@ -11,7 +11,18 @@ from megatron_rpp_patches._core import all_patches
 from megatron_rpp_patches._record import Patch, installed_version, lock_file, read_lock, version_matches
 from megatron_rpp_patches._source import fingerprint
 
-HEADING = "# Patches\n\nWritten by `python -m megatron_rpp_patches table > patches/README.md`. What the columns mean: `_record.py`.\n"
+HEADING = """# Patches
+
+Written by `python -m megatron_rpp_patches table > patches/README.md`; the fields are explained in `_record.py`.
+
+A patch is the last resort, after a public setting, a subclass, or code at our own call site. It is applied only to a
+source that somebody has read (`locks/`), it is inactive where it is not needed, and it has a test that fails without it.
+
+- Another version of a library: widen `versions`, run `python -m megatron_rpp_patches lock`, read every source it names,
+  mend what changed, commit the new lock.
+- `python -m megatron_rpp_patches status` compares this machine with the locks.
+- A necessity test that has turned red means that upstream has mended the fault: delete the patch.
+"""
 LOCK_HEADING = "# Written by `python -m megatron_rpp_patches lock`: sha256, first 12 digits, of each source as reviewed.\n"
 
 
@@ -68,7 +79,7 @@ def table() -> int:
     """Print patches/README.md."""
     _say(HEADING)
     _say("| id | target | kind | why | upstream | versions | remove when | expires |")
-    _say("|---|---|---|---|---|---|---|---|")
+    _say("|---" * 8 + "|")
     for patch in all_patches(set_names()):
         library = f"{patch.library} {patch.versions}"
         cells = (patch.id, f"`{patch.target}`", patch.kind, patch.why, patch.upstream, library, patch.remove_when, str(patch.expires))

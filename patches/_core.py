@@ -115,11 +115,14 @@ def patches_of(name: str) -> tuple[Patch, ...]:
 def apply(name: str, *, role: str | None = None, children: bool = True, found: dict[str, Found] | None = None) -> None:
     """Arm one set of patches in this process and, with children, in every process multiprocessing starts from it.
 
-    Call it before the library is imported. A second call does nothing. role: how the report names this process.
+    Call it before the library is imported. A second call changes nothing but the role.
+    role: how the report names this process; None takes multiprocessing's name for it.
     found: what a parent found out, by patch id; None looks for oneself.
     Raises: PatchError for a version or a source that nobody reviewed.
     """
     if name in _ENTRIES:
+        for entry in _ENTRIES[name].values():
+            entry.role = role or entry.role
         return
     role = role or multiprocessing.current_process().name
     patches = patches_of(name)

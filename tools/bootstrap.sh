@@ -19,14 +19,15 @@ is_usable() {
 }
 
 find_python() {
-    local candidate
-    for candidate in ${RPP_PYTHON:-python3.11 python3 /usr/bin/python3.11 /usr/local/bin/python3.11}; do
+    local candidate candidates=(python3.11 python3 /usr/bin/python3.11 /usr/local/bin/python3.11)
+    [[ -z ${RPP_PYTHON:-} ]] || candidates=("$RPP_PYTHON")
+    for candidate in "${candidates[@]}"; do
         if is_usable "$candidate"; then
             echo "$candidate"
             return
         fi
     done
-    say "no usable Python 3.11 was found (tried: ${RPP_PYTHON:-python3.11, python3}); the pinned packages are for 3.11."
+    say "no usable Python 3.11 was found (tried: ${candidates[*]}); the pinned packages are for 3.11."
     say "Install it with its venv module, e.g. 'apt-get install python3.11 python3.11-venv', or set RPP_PYTHON=/path/to/python3.11."
     exit 1
 }

@@ -1,8 +1,9 @@
 """The few collectives the project needs, with the properties that torch's own do not promise.
 
 Each is entered by every rank of its group, whatever the rank holds. Sums are made in rank order, so that every rank gets
-the same bits whatever algorithm the backend would have chosen. Tensors are made contiguous first: gloo silently sends
-the wrong bytes of a strided one. Objects travel as bytes and have a named deadline.
+the same bits whatever algorithm the backend would have chosen. Tensors are made contiguous first: nccl refuses strided
+ones, and some of gloo's collectives silently send the wrong bytes of them. Every wait has a name and a deadline, and objects
+travel as bytes.
 """
 
 from __future__ import annotations

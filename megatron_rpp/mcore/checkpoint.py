@@ -4,7 +4,7 @@ The format knows global tensors, not ranks: a checkpoint of one layout of tp, pp
 layout a run continues bit for bit. Imports megatron: import it only after `init.start`.
 
     <directory>/metadata.json .metadata common.pt __<rank>_<n>.distcp     Megatron's
-    <directory>/files.json                                               name -> bytes of each of those, written last
+    <directory>/files.json                         name -> bytes and CRC-32 of each of those, written last, checked before a load
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_save_shar
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rpp.dist.collectives import barrier, broadcast_object
+from megatron_rpp.dist.collectives import barrier, broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.mcore.hf_config import HfModel
@@ -36,6 +37,8 @@ from megatron_rpp.mcore.optimizer import Optimizer
 
 FORMAT = 1
 MANIFEST = "files.json"
+
+Fingerprint = dict[str, int]
 
 # What reading a damaged or foreign directory has been seen to raise, in megatron, torch and below.
 _BROKEN = (CheckpointingException, CheckpointException, OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError)
@@ -57,9 +60,13 @@ def save(directory: Path, hf: HfModel, chunks: Sequence[LogpModel], optimizer: O
         # replicas share the writing, where each by itself would leave all of it to the first
         strategy = FullyParallelSaveStrategyWrapper(strategy, groups.dp_cp)
     dist_checkpointing.save(state, str(directory), strategy)
+    barrier(groups.world_cpu, name="checkpoint files")
+    names = sorted(path.name for path in directory.iterdir())
+    fingerprints: dict[str, Fingerprint] = {}
+    for share in gather_objects({name: _fingerprint(directory / name) for name in _mine(names, groups)}, groups.world_cpu):
+        fingerprints |= share
     if groups.rank == 0:
-        sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-        (directory / MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+        (directory / MANIFEST).write_text(json.dumps(fingerprints, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     barrier(groups.world_cpu, name="checkpoint manifest")
 
 
@@ -69,10 +76,7 @@ def load(directory: Path, hf: HfModel, chunks: Sequence[LogpModel], optimizer: O
     The random states are restored only on the layout that saved them: they belong to ranks, not to the model.
     Raises: CheckpointError, on every rank, when the directory is missing, incomplete, damaged, or of another model or precision.
     """
-    verdict = _inspect(directory) if groups.rank == 0 else None
-    verdict = broadcast_object(verdict, groups.world_cpu, name="checkpoint manifest")
-    if isinstance(verdict, CheckpointError):
-        raise verdict
+    _check_files(directory, groups)
     with _reading(directory):
         header = dist_checkpointing.load_common_state_dict(str(directory))["header"]
     wanted = _header(hf, chunks, optimizer, groups)
@@ -144,24 +148,49 @@ def _differences(wanted: Any, got: Any) -> tuple[Any, Any]:
     return {name: wanted[name] for name in names}, {name: got.get(name) for name in names}
 
 
-def _inspect(directory: Path) -> CheckpointError | None:
-    """What is wrong with the files as such: by name and size, so that truncation is found before anything is overwritten."""
-    where = str(directory)
+def _check_files(directory: Path, groups: Groups) -> None:
+    """Compare every file with the list, so that damage is found before anything is overwritten: Megatron checks no checksums.
+
+    Each rank reads a share of the files. Raises: CheckpointError, the same on every rank.
+    """
+    manifest = broadcast_object(_read_manifest(directory) if groups.rank == 0 else None, groups.world_cpu, name="checkpoint manifest")
+    errors: list[str | None] = [manifest] if isinstance(manifest, str) else []
+    if not errors:
+        mine = [_damage(directory / name, manifest[name]) for name in _mine(sorted(manifest), groups)]
+        errors = gather_objects(next(filter(None, mine), None), groups.world_cpu, name="checkpoint files")
+    for error in filter(None, errors):
+        raise CheckpointError(error, where=str(directory), fix="continue from an older one")
+
+
+def _read_manifest(directory: Path) -> dict[str, Fingerprint] | str:
+    """The list of files, or what is wrong."""
     if not directory.is_dir():
-        return CheckpointError("there is no such checkpoint", where=where)
+        return "there is no such checkpoint"
     try:
-        sizes = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return CheckpointError("the checkpoint is incomplete: its list of files is missing or unreadable", where=str(directory / MANIFEST))
-    for name, size in sizes.items():
-        path = directory / name
-        if not path.is_file():
-            return CheckpointError("a file of the checkpoint is missing", where=str(path), expected=f"{size} bytes")
-        if path.stat().st_size != size:
-            return CheckpointError(
-                "a file of the checkpoint is damaged", where=str(path), expected=f"{size} bytes", got=f"{path.stat().st_size} bytes"
-            )
-    return None
+        return f"the checkpoint is incomplete: its list of files, {MANIFEST}, is missing or unreadable"
+
+
+def _damage(path: Path, recorded: Fingerprint) -> str | None:
+    """What distinguishes a file from what was written, None when nothing does."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != recorded["bytes"]:
+        return f"{path.name} is damaged: {path.stat().st_size} bytes where {recorded['bytes']} were written"
+    return None if _fingerprint(path) == recorded else f"{path.name} is damaged: its checksum is not that of what was written"
+
+
+def _fingerprint(path: Path) -> Fingerprint:
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return {"bytes": size, "crc32": crc}
+
+
+def _mine(names: Sequence[str], groups: Groups) -> Sequence[str]:
+    return names[groups.rank :: groups.size]
 
 
 @contextmanager

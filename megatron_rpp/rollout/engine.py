@@ -70,6 +70,7 @@ class Engine:
         # The shared context: one of our own would wait for its sockets for ever when an engine is dropped without `close`.
         self._socket = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(f"ipc://{self._process.folder / SOCKET_NAME}")
 
     @classmethod
@@ -244,8 +245,8 @@ class Engine:
         if self.settings.device == "cuda":
             self._call("resume", UPDATE_S, tags=list(tags))
 
-    def checksum(self) -> list[dict[str, Any]]:
-        """One entry for each rank of the engine: SGLang's checksum of every tensor."""
+    def checksum(self) -> list[dict[str, int]]:
+        """For each rank of the engine, a checksum of the bits of every parameter under SGLang's name for it."""
         return self._call("checksum", UPDATE_S)
 
     def abort(self) -> None:

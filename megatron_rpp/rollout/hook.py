@@ -20,6 +20,7 @@ from megatron_rpp.rollout import memory, worker
 
 LOADER = "megatron_rpp.rollout.hook.load"
 EXPECTED_FILE = "expected.json"  # name -> shape of every tensor of the HF directory
+CHECKSUM_WORDS = 1 << 24  # words at a time; they are widened to 64 bits
 MAX_NAMED = 3  # missing tensors spelt out in an error
 
 
@@ -57,15 +58,33 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     went wrong goes to a file that the server reads after the barrier.
     """
     for name, _ in named_tensors:
-        order, error = json.loads(name), None
+        order, result, error = json.loads(name), None, None
         try:
-            _obey(model, order)
+            result = checksums(model) if order["is_checksum"] else _fill(model, order)
         except Exception as reason:  # noqa: BLE001 load_weights of any model may raise anything; see above
             error = f"{type(reason).__name__}: {reason}"
-        worker.write_json(_status_file(_rank()), {"ticket": order["ticket"], "error": error})
+        worker.write_json(_status_file(_rank()), {"ticket": order["ticket"], "result": result, "error": error})
 
 
-def _obey(model: nn.Module, order: dict[str, Any]) -> None:
+def checksums(model: nn.Module) -> dict[str, int]:
+    """A number for each parameter of this rank: sum over its 2-byte words of word * (1 + position mod 65521), mod 2**64.
+
+    Bits count, not values, and so does their order. Computed where the parameter is.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        words = parameter.detach().contiguous().view(torch.uint8).flatten()
+        words = torch.nn.functional.pad(words, (0, words.numel() % 2)).view(torch.int16)
+        total = 0
+        for start in range(0, words.numel(), CHECKSUM_WORDS):
+            part = words[start : start + CHECKSUM_WORDS].to(torch.int64)
+            weight = torch.arange(start, start + part.numel(), device=part.device) % 65521 + 1
+            total += int((part * weight).sum())
+        found[name] = total % 2**64
+    return found
+
+
+def _fill(model: nn.Module, order: dict[str, Any]) -> None:
     session = _sessions.get(id(model))
     if session is None or session.id != order["session"]:
         expected = json.loads((worker.folder() / EXPECTED_FILE).read_text(encoding="utf-8"))
@@ -91,17 +110,19 @@ def _status_file(rank: int) -> Path:
     return worker.folder() / f"load-{rank}.json"
 
 
-def read_errors(num_ranks: int, ticket: int) -> list[str]:
-    """What went wrong in each rank with the order of this ticket; empty when all is well. Called by the server."""
-    errors = []
+def read_results(num_ranks: int, ticket: int) -> tuple[list[Any], list[str]]:
+    """What each rank made of the order of this ticket, and what went wrong; no errors when all is well. Called by the server."""
+    results, errors = [], []
     for rank in range(num_ranks):
         path = _status_file(rank)
         answer = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"ticket": None}
         if answer["ticket"] != ticket:
-            errors.append(f"rank {rank} did not see the tensors")
+            errors.append(f"rank {rank} did not see the order")
         elif answer["error"] is not None:
             errors.append(f"rank {rank}: {answer['error']}")
-    return errors
+        else:
+            results.append(answer["result"])
+    return results, errors
 
 
 def write_expected(hf: Path) -> int:

@@ -23,13 +23,17 @@ KILL_WAIT_S = 5.0
 
 
 class EngineProcess:
-    """`python -m megatron_rpp.rollout.server` in a session of its own, with a private folder for its socket and reports."""
+    """`python -m megatron_rpp.rollout.server` in a session of its own, with a private folder for its socket and reports.
+
+    The folder is its TMPDIR too: SGLang leaves a socket file there for each of its queues.
+    """
 
     def __init__(self, settings: EngineSettings, log: Path) -> None:
         self.name, self.log = settings.name, log
         self.folder = Path(tempfile.mkdtemp(prefix="rpp-"))  # mode 0700, and short: a socket's path ends at 107 characters
         log.parent.mkdir(parents=True, exist_ok=True)
-        env = environment(settings, os.environ) | {FOLDER_VARIABLE: str(self.folder)}
+        env = environment(settings, os.environ) | {FOLDER_VARIABLE: str(self.folder), "TMPDIR": str(self.folder)}
+        env.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{os.getuid()}")  # not with TMPDIR
         command = [sys.executable, "-m", "megatron_rpp.rollout.server", json.dumps(asdict(settings)), str(os.getpid())]
         with open(log, "ab") as output:
             self._popen = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)

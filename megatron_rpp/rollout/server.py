@@ -52,6 +52,7 @@ class Link:
     def __init__(self, folder: Path) -> None:
         self._socket = zmq.Context().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 2000)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # a response is never dropped, however busy the client is
         self._socket.connect(f"ipc://{folder / SOCKET_NAME}")
         self._async: zmq.asyncio.Socket | None = None
 
@@ -86,7 +87,6 @@ def build_engine(settings: EngineSettings, tell: Callable[..., None]) -> Any:
 
     # Attention goes through the sequences one by one there, so it cannot depend on the batch, with or without a prefix.
     choices.add_deterministic_attention_backend_choices(["torch_native"])
-    choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
     tell(event="phase", phase="starting SGLang's workers and loading weights")
     engine = PatchedEngine(**(server_args(settings) | {"custom_weight_loader": [hook.LOADER]}))
     worker.write_report("server", "0")
@@ -150,6 +150,8 @@ class Server:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT_S)
+            if not self.in_flight:
+                continue  # nobody listens between roll-outs, for as long as a training step takes
             quiet_s = time.time() - self.tokens.last_receive_tstamp
             self.link.tell(event="beat", in_flight=len(self.in_flight), quiet_s=round(quiet_s, 1))
 
@@ -202,29 +204,35 @@ class Server:
 
     async def do_load(self, bucket: dict[str, Any] | None) -> None:
         """Fill parameters from a bucket of the client's memory; None checks that all have come."""
+        await self._order(bucket=bucket)
+
+    async def _order(self, *, bucket: dict[str, Any] | None = None, is_checksum: bool = False) -> list[Any]:
+        """Have every worker's hook do something inside a weight update; what each answers, by rank."""
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
         self.ticket += 1
-        order = json.dumps({"session": self.session, "ticket": self.ticket, "bucket": bucket})
-        payload = _pickled_name(order)
-        request = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=[payload] * self.settings.tp, load_format=hook.LOADER, flush_cache=False
-        )
+        order = {"session": self.session, "ticket": self.ticket, "bucket": bucket, "is_checksum": is_checksum}
+        payloads = [_pickled_name(json.dumps(order))] * self.settings.tp
+        request = UpdateWeightsFromTensorReqInput(serialized_named_tensors=payloads, load_format=hook.LOADER, flush_cache=False)
         self._check(await self.tokens.update_weights_from_tensor(request, None))
-        errors = hook.read_errors(self.settings.tp, self.ticket)
+        results, errors = hook.read_results(self.settings.tp, self.ticket)
         if errors:
             raise EngineError("; ".join(errors), where=self.settings.name)
+        return results
 
     async def do_end(self, version: int) -> None:
         """Close the update, forget all cached prefixes, and take the new version."""
-        from sglang.srt.managers.io_struct import EndWeightUpdateReqInput
-
         await self.do_load(None)
-        self._check(await self.tokens.end_weight_update(EndWeightUpdateReqInput()))
+        await self._close_update()
         flushed = await self.tokens.flush_cache()
         self._check((flushed.success, "the prefix cache could not be flushed"))
-        self.session = None
         await self._set_version(version)
+
+    async def _close_update(self) -> None:
+        from sglang.srt.managers.io_struct import EndWeightUpdateReqInput
+
+        self._check(await self.tokens.end_weight_update(EndWeightUpdateReqInput()))
+        self.session = None
 
     async def _set_version(self, version: int | None) -> None:
         from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
@@ -247,13 +255,14 @@ class Server:
             self.version = None
         await self.tokens.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=tags))
 
-    async def do_checksum(self) -> list[dict[str, Any]]:
-        """SGLang's checksum of every tensor, one entry for each rank."""
-        from sglang.srt.managers.io_struct import CheckWeightsReqInput
-
-        success, message, ranks, _ = await self.tokens.check_weights(CheckWeightsReqInput(action="checksum"))
-        self._check((success, message))
-        return ranks
+    async def do_checksum(self) -> list[dict[str, int]]:
+        """Checksums of every parameter, by rank: an update that changes nothing. (SGLang's own checker needs CUDA.)"""
+        version = self.version
+        await self.do_begin()
+        results = await self._order(is_checksum=True)
+        await self._close_update()
+        self.version = version
+        return results
 
     async def do_abort(self) -> int:
         """End all requests in flight; they finish as aborted."""

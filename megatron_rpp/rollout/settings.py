@@ -23,6 +23,10 @@ CPU_ARGS: dict[str, Any] = {
     "disable_overlap_schedule": True,
     "sleep_on_idle": True,
     "enable_deterministic_inference": True,
+    # Attention over a prompt must not depend on what was cached or scheduled with it: one query row takes another kernel
+    # than many, and whether a prefix is found in the cache, or a prompt is cut in two, is a matter of timing.
+    "disable_radix_cache": True,
+    "chunked_prefill_size": -1,
 }
 CUDA_ARGS: dict[str, Any] = {"device": "cuda", "enable_memory_saver": True}
 

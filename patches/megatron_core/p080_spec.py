@@ -51,7 +51,7 @@ def _patch(number: int, noun: str, target: str, source: str | None, make: Callab
         **COMMON,
         id=f"p08{number}-spec-{noun}",
         target=target,
-        kind="replace" if source is None else "value",  # a name that was there may have been bound elsewhere
+        kind="replace" if target == PROVIDER else "value",  # replace: modules that have bound the provider get ours too
         source=source,
         make=make,
         why=why,

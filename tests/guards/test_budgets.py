@@ -128,7 +128,7 @@ def test_text_is_ascii_and_lines_are_short() -> None:
         text = path.read_bytes()
         if not text.isascii():
             wide.append(f"{name_of(path)}: not ASCII")
-        limit = 10**6 if path.suffix in (".md", ".txt") or path.name == "LICENSE" else 140
+        limit = 10**6 if path.suffix in (".md", ".txt", ".py") else 140  # documents wrap by themselves, the linter measures Python
         wide += [f"{name_of(path)}:{number}: {len(line)}" for number, line in enumerate(text.splitlines(), 1) if len(line) > limit]
     assert wide == []
 

@@ -226,6 +226,14 @@ def test_an_inactive_patch_is_not_checked_and_says_why(library: Library) -> None
     assert (row["active"], row["reason"], row["role"], row["hash"]) == (False, "a device is present", "trainer", "")
 
 
+def test_a_child_that_inherited_the_patches_can_name_its_role(library: Library) -> None:
+    library.provide(library.patch())
+    megatron_rpp_patches.apply("fake")
+    megatron_rpp_patches.apply("fake", role="server")
+    megatron_rpp_patches.apply("fake")
+    assert megatron_rpp_patches.report("fake")[0]["role"] == "server"
+
+
 def test_the_report_tells_armed_from_active(library: Library) -> None:
     patch = library.patch()
     library.provide(patch)

@@ -130,6 +130,21 @@ def test_buckets_may_come_in_any_order_and_size(engine: Engine, model: nn.Module
     assert results[0] == results[1] == results[2]
 
 
+def test_the_checksum_sees_a_swap_and_is_back_with_the_weights(engine: Engine, model: nn.Module) -> None:
+    before = engine.checksum()
+    assert len(before) == 1
+    assert engine.version == 0
+    tensors = dict(tiny.state(model))
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][:, [3, 40]] = tensors[name][:, [40, 3]]
+    tiny.publish(engine, list(tensors.items()), 1)
+    changed = engine.checksum()
+    assert {key for key in before[0] if before[0][key] != changed[0][key]} == {name}
+    tiny.publish(engine, tiny.state(model), 0)
+    assert engine.checksum() == before
+    tiny.sample(engine, tiny.requests(1))
+
+
 def test_cached_prefixes_do_not_outlive_an_update(engine: Engine, model: nn.Module) -> None:
     new, asked = _other(model), tiny.requests(4)
     tiny.sample(engine, asked)
