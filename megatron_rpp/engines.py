@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_rpp.config.schema import Config
 from megatron_rpp.dist.collectives import broadcast_object
 from megatron_rpp.dist.layout import engine_group, engine_groups, num_engines
-from megatron_rpp.process import Process
+from megatron_rpp.process import Process, record_patches
 from megatron_rpp.reward.pool import RewardPool
 from megatron_rpp.rollout.engine import Engine
 from megatron_rpp.rollout.generate import RolloutLimits, Rollouts
@@ -55,9 +55,7 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
         process.together("start engines and reward workers", start, here=leads)
         queue = _open_queue(process, leaders, mine.index if leads else None)
         limits = RolloutLimits(quiet_s=cfg.run.deadline_s)
-        rollouts = Rollouts(
-            parts.get("engine"), queue, seed=cfg.run.seed, detokenise=detokenise, ledger=parts.get("ledger"), limits=limits
-        )
+        rollouts = Rollouts(parts.get("engine"), queue, seed=cfg.run.seed, detokenise=detokenise, ledger=parts.get("ledger"), limits=limits)
         yield Sampler(rollouts, parts.get("engine"), parts.get("pool"), leaders)
 
 
@@ -73,6 +71,7 @@ def await_engines(process: Process, sampler: Sampler, *, version: int | None = N
         )
 
     process.together("wait for the engines", wait, here=sampler.engine is not None)
+    record_patches(process, sampler.engine.info.reports if sampler.engine is not None else ())
 
 
 def engine_settings(cfg: Config, process: Process, *, index: int, count: int, max_sequence_tokens: int) -> EngineSettings:
@@ -102,7 +101,8 @@ def _open_queue(process: Process, leaders: tuple[int, ...], index: int | None) -
         return WorkQueue()
     host, deadline_s = process.world.master_addr, process.deadline_s
     store = open_store(host, 0, is_host=True, deadline_s=deadline_s) if index == 0 else None
-    port = broadcast_object(store.port if store else None, process.groups.world_cpu, src=leaders[0], name="port of the queue", deadline_s=deadline_s)
+    mine = store.port if store is not None else None
+    port = broadcast_object(mine, process.groups.world_cpu, src=leaders[0], name="port of the queue", deadline_s=deadline_s)
     if index is None:
         return WorkQueue()
     store = store or open_store(host, port, is_host=False, deadline_s=deadline_s)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Literal
 
 from megatron_rpp.dist.collectives import gather_objects
@@ -104,7 +105,7 @@ class Colocated:
         error: RppError | None = None
         for bucket in iter_hf_tensors(self._live, self._leaders, deadline_s=self._deadline_s):
             if load is not None and error is None:
-                error = _attempt(lambda tensors=list(bucket.items()): load(tensors))
+                error = _attempt(partial(load, list(bucket.items())))
         raise_together(error, groups=self._groups, what="load weights into the engine", deadline_s=self._deadline_s)
 
     def _on_engine(self, what: str, call: Callable[[Engine], object]) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import megatron_rpp_patches
 from megatron_rpp.config.load import dump
 from megatron_rpp.config.schema import Config
-from megatron_rpp.dist.collectives import broadcast_object
+from megatron_rpp.dist.collectives import broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.dist.world import World
-from megatron_rpp.errors import CheckpointError, RppError
+from megatron_rpp.errors import CheckpointError, PatchError, RppError
 from megatron_rpp.mcore import init
 from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.observe.log import RunLog
@@ -94,6 +96,7 @@ def open_process(cfg: Config, *, can_resume: bool = False) -> Iterator[Process]:
         log = stack.enter_context(RunLog(cfg.observe, directory if groups.rank == 0 else None, resumed_step=step or -1))
         process = Process(cfg, world, groups, directory, log, step)
         process.together("write the run's settings", lambda: _write_settings(process), here=process.is_first)
+        record_patches(process)
         yield process
 
 
@@ -111,7 +114,27 @@ def _step_to_resume(cfg: Config, directory: RunDir) -> int:
 def _write_settings(process: Process) -> None:
     process.dir.write_text("config.yaml", dump(process.cfg))
     process.dir.write_json("versions.json", versions())
-    process.dir.write_json("patches.json", megatron_rpp_patches.report())
+
+
+def record_patches(process: Process, engine_reports: Sequence[dict[str, Any]] = ()) -> None:
+    """Write patches.json: which patches stand in which process of the run. Collective.
+
+    engine_reports: what this rank's engine said of its own processes.
+    Raises: PatchError, on every rank, when two trainer ranks run with different patches.
+    """
+    mine = {"role": "trainer", "rank": process.groups.rank, "pid": os.getpid(), "patches": megatron_rpp_patches.report()}
+    gathered = gather_objects((mine, list(engine_reports)), process.groups.world_cpu, name="patches", deadline_s=process.deadline_s)
+    active = {trainer["rank"]: sorted(row["id"] for row in trainer["patches"] if row["active"]) for trainer, _ in gathered}
+    if any(ids != active[0] for ids in active.values()):
+        raise PatchError(
+            "ranks run with different patches",
+            where="patches",
+            expected=f"those of rank 0: {active[0]}",
+            got={rank: ids for rank, ids in active.items() if ids != active[0]},
+            fix="install the same requirements on every host; `rpp doctor` shows what is there",
+        )
+    processes = [trainer for trainer, _ in gathered] + [report for _, reports in gathered for report in reports]
+    process.together("write patches.json", lambda: process.dir.write_json("patches.json", processes), here=process.is_first)
 
 
 def open_policy(
@@ -125,7 +148,9 @@ def open_policy(
     cfg = cfg or process.cfg
     hf = hf or cfg.model.hf
     policy = Policy.from_config(cfg, process.groups, trainable=trainable, hf_dir=hf, total_steps=total_steps)
-    live = live_weights(describe(read_json(hf / "config.json")), policy.named_local(), process.groups, dtype=policy.dtype, deadline_s=process.deadline_s)
+    live = live_weights(
+        describe(read_json(hf / "config.json")), policy.named_local(), process.groups, dtype=policy.dtype, deadline_s=process.deadline_s
+    )
     process.together(f"load {hf}", lambda: fill(live, open_hf(hf)), here=True)
     policy.weights_changed()
     return policy, live

@@ -69,7 +69,7 @@ class Session:
         self.policy, self.ref, self.place = policy, ref, place
         self.clock = Clock()
         self.dp_rank, self.dp_size = self.groups.coords.dp, self.groups.dp_size
-        self.normaliser = partial(whiten, group=self.groups.dp_cp, deadline_s=process.deadline_s)
+        self.normaliser = partial(whiten, group=self.groups.dp, deadline_s=process.deadline_s)
         self._sampling = Sampling(max_tokens=cfg.rollout.max_response_tokens, temperature=cfg.rollout.temperature, top_p=cfg.rollout.top_p)
         longest_s = cfg.reward.timeout_s * max(1, cfg.rollout.prompts_per_step * cfg.rollout.samples_per_prompt // cfg.reward.num_workers)
         self._collector = Collector(self.groups, sampler.rollouts, sampler.pool, process.deadline_s, longest_s + process.deadline_s)
@@ -152,8 +152,8 @@ class Session:
 
     def is_asked_to_stop(self, step: int) -> bool:
         """Whether any rank was told to stop. Collective, so that all stop after the same step."""
-        asked = torch.tensor([int(self._asked_to_stop)])
-        is_asked = any(int(flag) for flag in all_gather(asked, self.groups.world_cpu, name="asked to stop?", deadline_s=self.process.deadline_s))
+        flags = gather_objects(self._asked_to_stop, self.groups.world_cpu, name="asked to stop?", deadline_s=self.process.deadline_s)
+        is_asked = any(flags)
         if is_asked:
             self.log.say(f"asked to stop after step {step}: saving, then ending")
         return is_asked
@@ -207,8 +207,8 @@ class Session:
         Raises: NumericsError above observe.mismatch_alarm when observe.mismatch_action is stop; else it warns.
         """
         sums, largest = mismatch(batch.logp_old_T, batch.logp_rollout_T, batch.mask_T)
-        everywhere = all_gather(largest, self.groups.dp_cp, name="largest mismatch", deadline_s=self.process.deadline_s)
-        seen = summarise(sum_float64(sums, self.groups.dp_cp), torch.stack(everywhere).max())
+        everywhere = all_gather(largest, self.groups.dp, name="largest mismatch", deadline_s=self.process.deadline_s)
+        seen = summarise(sum_float64(sums, self.groups.dp), torch.stack(everywhere).max())
         alarm = self.cfg.observe.mismatch_alarm or DEFAULT_ALARM[self.cfg.model.dtype]
         if not seen.mean_abs <= alarm:
             found = NumericsError(
@@ -233,9 +233,7 @@ class Session:
                 fix="lower optim.lr or optim.clip_grad; the last checkpoint is whole",
             )
 
-    def record(
-        self, step: int, groups: Sequence[Group], *, adv_stats: AdvantageStats, mismatch: Mismatch, update: UpdateStats
-    ) -> None:
+    def record(self, step: int, groups: Sequence[Group], *, adv_stats: AdvantageStats, mismatch: Mismatch, update: UpdateStats) -> None:
         """One record and one row."""
         values = rollout_metrics(groups)
         values |= {f"adv/{name}": float(value) for name, value in asdict(adv_stats).items()}

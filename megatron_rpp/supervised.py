@@ -31,8 +31,9 @@ def supervise(cfg: Config) -> None:
             taken = [examples.group_of[prompt.uid] for prompt in stream.take(min(cfg.sft.batch_sequences, len(stream)))]
             stats = policy.supervise(pack_groups(taken, process.groups.coords.dp, process.groups.dp_size))
             if not stats.is_finite:
-                raise NumericsError("the supervised loss or its gradient is not finite", where=f"step {step}", got=stats.loss, fix="lower sft.lr")
-            process.log.sft(step, cfg.sft.steps, {"sft/loss": stats.loss, "sft/grad_norm": stats.grad_norm, "sft/lr": stats.values["lr"]})
+                raise NumericsError("the loss or its gradient is not finite", where=f"sft step {step}", got=stats.loss, fix="lower sft.lr")
+            values = {"sft/loss": stats.loss, "sft/grad_norm": stats.grad_norm, "sft/lr": stats.values["lr"]}
+            process.log.sft(step, cfg.sft.steps, values)
         export_hf(live, cfg.sft.out, source=cfg.model.hf, deadline_s=cfg.run.deadline_s)
 
 
@@ -45,3 +46,5 @@ def _check(cfg: Config) -> None:
             expected="sft.train, sft.out and sft.steps >= 1",
             got=f"missing: {', '.join(missing) or 'none'}; steps: {cfg.sft.steps}",
         )
+    if cfg.sft.out.exists():
+        raise ConfigError("the output exists already", where=f"sft.out={cfg.sft.out}", fix="remove it, or choose another sft.out")

@@ -1,10 +1,15 @@
-"""Two rules for the whole suite: a test's folder is its tier and its marker, and `--tally FILE` counts for tests/run.sh."""
+"""Rules for the whole suite: a test's folder is its tier and its marker, and `--tally FILE` counts for tests/run.sh."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes says more about the host than about the code.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 TESTS = Path(__file__).parent
 

@@ -43,9 +43,9 @@ for tier in "${tiers[@]}"; do
     case $code in
         0) ;;
         1) ((f)) || { f=1 note="pytest failed outside its tests"; } ;;
-        5) f=$((f + 1)) note="collected no test" ;;
+        5) f=1 note="collected no test" ;;
         124 | 137) f=$((f + 1)) note="did not end within $limit_s s" ;;
-        *) f=$((f + 1)) note="pytest ended with code $code" ;;
+        *) f=$((f ? f : 1)) note="pytest ended with code $code" ;;
     esac
     if ((code == 0 && p == 0)) && [[ ${CI:-} == true ]]; then
         f=$((f + 1)) note="only skipped, in CI"

@@ -74,14 +74,6 @@ class EngineProcess:
                 continue
         return found
 
-    def wait(self, timeout_s: float) -> bool:
-        """Whether it ended by itself in time."""
-        try:
-            self._popen.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
     def destroy(self) -> None:
         """Kill what is left of it, wait until all of it is gone, remove the folder. Safe to call again."""
         for pid in self.members():

@@ -77,6 +77,7 @@ def build_engine(settings: EngineSettings, tell: Callable[..., None]) -> Any:
     tell(event="phase", phase="importing sglang")
     from sglang.srt.arg_groups import choices
     from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.managers.load_snapshot import shm_path_for
 
     class PatchedEngine(Engine):
         run_scheduler_process_func = staticmethod(worker.run_scheduler)
@@ -90,6 +91,7 @@ def build_engine(settings: EngineSettings, tell: Callable[..., None]) -> Any:
     tell(event="phase", phase="starting SGLang's workers and loading weights")
     engine = PatchedEngine(**(server_args(settings) | {"custom_weight_loader": [hook.LOADER]}))
     worker.write_report("server", "0")
+    Path(shm_path_for(engine.port_args.instance_id)).unlink(missing_ok=True)  # open where it is needed, and so never left behind
     return engine
 
 
@@ -128,15 +130,13 @@ class Server:
         self.ticket = 0
         self.in_flight: dict[str, asyncio.Task] = {}
         self.aborted: set[str] = set()
-        self.is_done = False
 
     async def run(self) -> None:
-        """Serve until the client says shutdown."""
-        beat = asyncio.create_task(self._beat())
-        while not self.is_done:
-            message = await self.link.receive()
-            await self._answer(message)
-        beat.cancel()
+        """Serve until somebody kills us."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._beat())
+            while True:
+                await self._answer(await self.link.receive())
 
     async def _answer(self, message: dict[str, Any]) -> None:
         operation: Callable[..., Awaitable[Any]] = getattr(self, f"do_{message['op']}")
@@ -270,9 +270,6 @@ class Server:
         self.tokens.abort_request(abort_all=True)
         return len(self.in_flight)
 
-    async def do_shutdown(self) -> None:
-        self.is_done = True
-
     def _check(self, reply: tuple[bool, str]) -> None:
         """SGLang answers a refused update with success=False and nothing else."""
         success, message = reply
@@ -321,7 +318,6 @@ def main() -> None:
         raise
     link.tell(event="ready")
     engine.loop.run_until_complete(Server(settings, engine, link).run())
-    engine.shutdown()
 
 
 if __name__ == "__main__":

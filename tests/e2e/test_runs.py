@@ -23,13 +23,17 @@ def test_a_run_learns_and_the_engine_agrees_with_the_policy_at_every_step(uninte
 def test_the_run_directory_holds_what_its_readme_says(uninterrupted: runs.Finished) -> None:
     for name in ("config.yaml", "versions.json", "patches.json", "eval/step-000006.jsonl", "logs/rank-1.log", "logs/engine-0.log"):
         assert (uninterrupted.dir / name).exists(), name
-    active = {row["id"] for row in json.loads((uninterrupted.dir / "patches.json").read_text()) if row["active"]}
-    assert any(name.startswith("p001") for name in active), active
 
 
-def test_a_second_run_with_the_same_seed_writes_the_same_bytes(
-    yaml: Path, uninterrupted: runs.Finished, tmp_path: Path
-) -> None:
+def test_every_process_of_the_run_reports_its_patches(uninterrupted: runs.Finished) -> None:
+    processes = json.loads((uninterrupted.dir / "patches.json").read_text())
+    active = {(each["role"], str(each["rank"])): {row["id"] for row in each["patches"] if row["active"]} for each in processes}
+    assert sorted(active) == [("scheduler", "tp0-pp0"), ("server", "0"), ("trainer", "0"), ("trainer", "1")]
+    assert any(name.startswith("p001") for name in active["trainer", "1"]), active
+    assert any(name.startswith("p103") for name in active["scheduler", "tp0-pp0"]), active
+
+
+def test_a_second_run_with_the_same_seed_writes_the_same_bytes(yaml: Path, uninterrupted: runs.Finished, tmp_path: Path) -> None:
     again = runs.train(yaml, tmp_path / "again")
     assert again.code == 0, again.output
     assert again.metrics == uninterrupted.metrics
@@ -68,7 +72,10 @@ def test_sigusr1_saves_and_ends_and_the_run_goes_on_later(yaml: Path, uninterrup
     assert resumed.column("score/mean") == uninterrupted.column("score/mean")
 
 
-@pytest.mark.parametrize("layout", [("parallel.tp=1", "parallel.pp=2"), ("parallel.tp=2", "parallel.pp=2"), ("parallel.tp=1", "parallel.dp=2", "rollout.engines=2")])
+@pytest.mark.parametrize(
+    "layout",
+    [("parallel.tp=1", "parallel.pp=2"), ("parallel.tp=2", "parallel.pp=2"), ("parallel.tp=1", "parallel.dp=2", "rollout.engines=2")],
+)
 def test_other_layouts_follow_the_same_curve(layout: tuple[str, ...], yaml: Path, uninterrupted: runs.Finished, tmp_path: Path) -> None:
     """The first roll-out is the same to the bit; later ones as long as no sampled token falls between two roundings."""
     other = runs.train(yaml, tmp_path / "-".join(layout), "run.steps=3", "checkpoint.every=0", "eval.every=0", *layout)

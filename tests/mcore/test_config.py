@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,4 +200,3 @@ def test_cuda_is_not_silently_replaced_by_the_cpu(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run.device"):
         device_of(replace(cfg, run=replace(cfg.run, device="cuda")), World())
     assert device_of(cfg, World()) == torch.device("cpu")
-    assert json.dumps(LLAMA)

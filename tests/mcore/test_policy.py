@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,32 +77,21 @@ def _freeze(cfg: Config, groups, batch, adv_T) -> dict[str, bool]:
 
 
 def _spoil(root: Path, groups) -> dict[str, Any]:
-    """The second of three minibatches has an advantage that is not a number."""
+    """Three minibatches, the second of which has advantages that are not numbers; and a twin that stops there by other means."""
     cfg = tiny.make_config(root / "qwen3", algo=dict(minibatches=3))
-    policy = tiny.open_policy(cfg, groups)
     batch, adv_T = tiny.make_batch(tiny.make_groups(num_prompts=3), num_minibatches=3)
-    only_first = torch.zeros_like(adv_T)
-    start, end = batch.cu_len_S1.tolist()[3], batch.cu_len_S1.tolist()[6]
-    spoiled_T = adv_T.clone()
-    spoiled_T[start:end] = torch.nan
-    assert (batch.group_S[3:6] == 1).all() and only_first.numel()
-    stats = policy.update(batch, spoiled_T, cfg.algo, objective=tiny.surrogate)
-    after_two = _copies(policy)
+    group_T = torch.repeat_interleave(batch.group_S, torch.diff(batch.cu_len_S1))
+    policy = tiny.open_policy(cfg, groups)
+    stats = policy.update(batch, torch.where(group_T == 1, torch.nan, adv_T), cfg.algo, objective=tiny.surrogate)
+    weights = _copies(policy)
     twin = tiny.open_policy(cfg, groups)
-    twin.update(batch, adv_T, replace(cfg.algo, minibatches=3), objective=_stop_after_first())
-    return {"stats": stats, "is finite": all(bool(torch.isfinite(tensor).all()) for tensor in after_two), "as after one": _is_unchanged(twin, after_two)}
+    twin.update(batch, adv_T, cfg.algo, objective=_infinite_but_for_group_0)
+    return {"stats": stats, "is finite": all(bool(torch.isfinite(tensor).all()) for tensor in weights), "as after one": _is_unchanged(twin, weights)}
 
 
-def _stop_after_first():
-    """The surrogate, whose second call and later return a loss that is not finite."""
-    calls: list[int] = []
-
-    def objective(logp_new_T, entropy_T, batch, adv_T):
-        calls.append(int(batch.group_S[0]))
-        loss, count, values = tiny.surrogate(logp_new_T, entropy_T, batch, adv_T)
-        return (loss if batch.group_S[0] == 0 else loss * torch.inf), count, values
-
-    return objective
+def _infinite_but_for_group_0(logp_new_T: Tensor, entropy_T: Tensor, batch, adv_T: Tensor):
+    loss, count, values = tiny.surrogate(logp_new_T, entropy_T, batch, adv_T)
+    return (loss if (batch.group_S == 0).all() else loss * torch.inf), count, values
 
 
 def _rates(root: Path, groups, batch) -> dict[str, list[float]]:

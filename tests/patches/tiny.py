@@ -27,9 +27,6 @@ class Layout:
     options: dict[str, Any] = field(default_factory=dict)  # TransformerConfig fields
     lengths: tuple[tuple[int, ...], ...] = LENGTHS
 
-    def __str__(self) -> str:
-        return " ".join(f"{axis}{size}" for axis in ("tp", "pp", "cp", "ep") if (size := getattr(self, axis)) > 1) or "one"
-
 
 def start(layout: Layout) -> None:
     """Patches, Megatron's process groups and seeds, in the order a rank does it."""

@@ -175,6 +175,13 @@ def test_a_mistake_in_a_base_is_reported_there(write: Write) -> None:
     assert base.exists()
 
 
+def test_a_section_given_on_the_command_line_replaces_the_one_in_the_file_and_is_blamed_there(write: Write) -> None:
+    path = write("run.yaml", REQUIRED + "rollout:\n  sglang:\n    a: 1\n    b: 2\n")
+    assert load(path, ["rollout.sglang={b: 3}"]).rollout.sglang == {"b": 3}
+    with pytest.raises(ConfigError, match=r"\n  command line  rollout\.sglang\.a: expected a word"):
+        load(path, ["rollout.sglang={a: [1]}"])
+
+
 def test_files_that_extend_each_other_are_refused(write: Write) -> None:
     path = write("a.yaml", "extends: b.yaml\n")
     write("b.yaml", "extends: a.yaml\n")

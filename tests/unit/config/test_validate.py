@@ -158,6 +158,8 @@ def test_derived_numbers_are_those_of_a_calculation_by_hand(project: Path) -> No
     geometry = validate(load(project, overrides)).geometry
     assert (geometry.num_ranks, geometry.ranks_per_replica, geometry.num_engines, geometry.idle_ranks) == (12, 4, 3, 0)
     assert (geometry.responses_per_step, geometry.optimiser_steps, geometry.responses_per_optimiser_step) == (20, 20, (4, 6))
+    even = validate(load(project, [*overrides, "rollout.prompts_per_step=8"])).geometry
+    assert even.responses_per_optimiser_step == (4, 4)
     assert (geometry.max_sequence_tokens, geometry.layers_per_chunk, geometry.heads_per_rank) == (1124, 2, 2)
 
 
