@@ -17,6 +17,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import Checked, validate
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import ConfigError, RppError
+from megatron_rpp.host import num_gpus
 from megatron_rpp.version import __version__
 
 _RUN_COMMANDS = {
@@ -158,7 +159,7 @@ def _command(name: str) -> Callable[[Config], object]:
 
 def _is_cpu(cfg: Config) -> bool:
     """Whether the ranks will compute on the CPU, told without importing torch."""
-    return cfg.run.device == "cpu" or (cfg.run.device == "auto" and not Path("/proc/driver/nvidia/version").exists())
+    return cfg.run.device == "cpu" or (cfg.run.device == "auto" and num_gpus() == 0)
 
 
 def _check(options: argparse.Namespace, arguments: list[str]) -> int:

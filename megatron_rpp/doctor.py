@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from megatron_rpp.host import num_gpus
+
 Status = Literal["ok", "warn", "FAIL"]
 Versions = Callable[[str], str | None]
 GIB = 2**30
@@ -52,7 +54,7 @@ def main(*, as_json: bool = False) -> int:
 
 def examine() -> Iterator[Finding]:
     """All findings about this host and environment, cheap ones first."""
-    has_gpu = Path("/proc/driver/nvidia/version").exists()
+    has_gpu = num_gpus() > 0
     yield check_python(sys.version_info[:2])
     yield from check_packages(_pins(), installed_version)
     yield check_transformer_engine(installed_version("transformer-engine"), has_gpu=has_gpu)

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_rpp.errors import ConfigError, RppError
+from megatron_rpp.host import num_gpus
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded before any fork: a forked child must not run the loader
@@ -233,9 +234,7 @@ def _free_port() -> int:
 
 
 def _check_gpus(num_ranks: int) -> None:
-    """Told by the driver's own folder, so that the launcher need not import torch."""
-    folder = Path("/proc/driver/nvidia/gpus")
-    found = len(list(folder.iterdir())) if folder.is_dir() else 0
+    found = num_gpus()
     if found < num_ranks:
         raise ConfigError(
             "this host has too few GPUs for the layout",

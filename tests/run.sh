@@ -28,6 +28,7 @@ done
 
 bash "$root/tools/bootstrap.sh" || exit 1
 cd "$root" || exit 1
+python=${RPP_VENV:-$root/.venv}/bin/python
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tiers start several processes on the same cores
 
 tally=$(mktemp -d)
@@ -36,7 +37,7 @@ passed=0 failed=0 skipped=0 report=""
 for tier in "${tiers[@]}"; do
     printf '\n== %s\n' "$tier"
     start=$SECONDS
-    timeout --foreground --signal=INT --kill-after=60 "$limit_s" "${RPP_VENV:-$root/.venv}/bin/python" -m pytest "tests/$tier" -q --tally "$tally/$tier" "$@"
+    timeout --foreground --signal=INT --kill-after=60 "$limit_s" "$python" -m pytest "tests/$tier" -q --tally "$tally/$tier" "$@"
     code=$?
     read -r p f s <<<"$(cat "$tally/$tier" 2>/dev/null || echo 0 0 0)"
     note=""

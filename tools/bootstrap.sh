@@ -54,10 +54,16 @@ step() { # step MESSAGE COMMAND... : one line with its time; the command's outpu
 exec 9<"$root/requirements/cpu.txt"
 flock -n 9 || { say "another bootstrap is at work, waiting for it"; flock 9; }
 
-if [[ -f $stamp ]] && [[ $(<"$stamp") == "$(wanted_stamp)" ]] && "$venv/bin/python" -I -c 'import megatron_rpp, megatron_rpp_patches' 2>/dev/null; then
-    exit 0
-fi
+is_ready() {
+    [[ -f $stamp && $(<"$stamp") == "$(wanted_stamp)" ]] && "$venv/bin/python" -I -c 'import megatron_rpp, megatron_rpp_patches' 2>/dev/null
+}
 
+is_ready && exit 0
+
+if [[ -d $venv && ! -e $venv/pyvenv.cfg && ! -e $unfinished && -n $(ls -A "$venv") ]]; then
+    say "$venv holds something that is not a virtual environment; set RPP_VENV to another place"
+    exit 1
+fi
 if [[ -e $unfinished ]] || { [[ -f $stamp ]] && [[ $(head -n 1 "$stamp") != "$root" ]]; }; then
     say "$venv is unfinished or belongs to another folder, making it anew"
     rm -rf "$venv"
@@ -75,7 +81,8 @@ if [[ ! -d $venv ]]; then
 fi
 touch "$unfinished"
 rm -f "$stamp"
-step "pinned packages (about two minutes the first time)" "${pip[@]}" --no-deps -r "$root/requirements/cpu.txt" -r "$root/requirements/dev.txt"
+step "pinned packages (about two minutes the first time)" \
+    "${pip[@]}" --no-deps -r "$root/requirements/cpu.txt" -r "$root/requirements/dev.txt"
 step "what torch still needs on this host" "${pip[@]}" torch==2.13.0
 step "megatron_rpp, editable" "${pip[@]}" --no-deps --no-build-isolation --editable "$root"
 wanted_stamp >"$stamp"

@@ -1,8 +1,9 @@
 """The quickstart's problem: chains of small additions and subtractions, and two ways to answer them.
 
-"7+2-6+5=" can be answered with the steps written out, which a small model learns to get right, or by a bare guess, which is
-mostly wrong. The warm-up corpus holds both. They part at their first token, so that reinforcement learning has a choice to
-shift: guess less, work it out more. Accuracy and response length rise together.
+"7+2-6+5=" can be answered with the steps written out, one easy fact each, or at once. The warm-up corpus holds both, all of
+them right, the bare answer more often. A small model learns the steps, but the whole sum is too much for one token: after the
+warm-up it prefers the bare answer and mostly gets it wrong. The two part at their first token, so that reinforcement learning
+has a choice to shift. Accuracy and response length rise together.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from dataclasses import dataclass
 
 MIN_TERMS, MAX_TERMS = 4, 5
 MAX_TERM, MAX_TOTAL = 9, 9  # every running total stays in [0, MAX_TOTAL]: few facts, learnt in a few hundred steps
-WORKED_FRAC = 0.4  # of the warm-up corpus; the others are guesses
-RIGHT_GUESS_FRAC = 0.4
+WORKED_FRAC = 0.4  # of the warm-up corpus; the others are bare
 STEPS, COMMA, STOP, ANSWER = "Steps: ", ", ", ". ", "Answer: "  # one token each in the quickstart's tokenizer
 
 
@@ -38,13 +38,11 @@ class Chain:
         """Every step, then the answer: "Steps: 7+2=9, 9-6=3, 3+5=8. Answer: 8"."""
         left = (self.first, *self.totals)
         steps = [f"{before}{operator}{term}={after}" for before, (operator, term), after in zip(left, self.rest, self.totals, strict=False)]
-        return f"{STEPS}{COMMA.join(steps)}{STOP}{ANSWER}{self.answer}"
+        return f"{STEPS}{COMMA.join(steps)}{STOP}{self.bare}"
 
-    def guess(self, rng: random.Random) -> str:
-        """The bare answer, right in RIGHT_GUESS_FRAC of the draws and any other total in the rest."""
-        if rng.random() < RIGHT_GUESS_FRAC:
-            return f"{ANSWER}{self.answer}"
-        return f"{ANSWER}{rng.choice([total for total in range(MAX_TOTAL + 1) if total != self.answer])}"
+    @property
+    def bare(self) -> str:
+        return f"{ANSWER}{self.answer}"
 
 
 def draw(rng: random.Random) -> Chain:

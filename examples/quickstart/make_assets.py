@@ -54,7 +54,7 @@ def _problem(chain: Chain) -> dict[str, str]:
 
 
 def _example(chain: Chain, rng: random.Random) -> dict[str, str]:
-    return {"prompt": chain.prompt, "response": chain.worked if rng.random() < WORKED_FRAC else chain.guess(rng)}
+    return {"prompt": chain.prompt, "response": chain.worked if rng.random() < WORKED_FRAC else chain.bare}
 
 
 def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:

@@ -16,6 +16,7 @@ from megatron_rpp.config.geometry import Geometry, HfShape, derive, has_even_lay
 from megatron_rpp.config.problems import Problem, refuse
 from megatron_rpp.config.schema import Config
 from megatron_rpp.errors import ConfigError, GeometryError
+from megatron_rpp.host import num_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +234,7 @@ def _warnings(cfg: Config) -> Iterator[str]:
     rollout, algo, ranks = cfg.rollout, cfg.algo, num_ranks(cfg)
     if rollout.top_p < 1:
         yield f"rollout.top_p {rollout.top_p}: the engine samples from a cut distribution, so logp_rollout is not comparable with logp_old"
-    if cfg.model.dtype == "bfloat16" and not _may_use_cuda(cfg):
+    if cfg.model.dtype == "bfloat16" and (cfg.run.device == "cpu" or num_gpus() == 0):
         yield "model.dtype bfloat16 on a CPU is slow and inexact; set model.dtype: float32"
     if algo.kl_reward_coef > 0 and algo.kl_loss_coef > 0:
         yield "algo.kl_reward_coef and algo.kl_loss_coef both pull to the reference; one of them is the usual choice"
@@ -245,8 +246,3 @@ def _warnings(cfg: Config) -> Iterator[str]:
         yield f"optim.warmup_steps {cfg.optim.warmup_steps} covers the whole run of {cfg.run.steps * algo.minibatches} optimiser steps"
     if rollout.engines is not None and rollout.engines * rollout.tp < ranks:
         yield f"{ranks - rollout.engines * rollout.tp} of {ranks} ranks have no engine and idle during roll-out"
-
-
-def _may_use_cuda(cfg: Config) -> bool:
-    """A guess without importing torch: the driver's file is there."""
-    return cfg.run.device != "cpu" and Path("/proc/driver/nvidia/version").exists()

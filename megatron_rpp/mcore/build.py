@@ -224,7 +224,9 @@ def _decode(value: Scalar, hint: Any, where: str) -> Any:
 def _check_geometry(hf: HfModel, parallel: Parallel, overrides: dict[str, Scalar]) -> None:
     """What must divide, said with the numbers, before Megatron says it with an assertion."""
     if hf.num_heads % parallel.tp:
-        raise GeometryError("the attention heads do not divide", where="parallel.tp", expected=f"a divisor of the {hf.num_heads} heads", got=parallel.tp)
+        raise GeometryError(
+            "the attention heads do not divide", where="parallel.tp", expected=f"a divisor of the {hf.num_heads} heads", got=parallel.tp
+        )
     if hf.num_heads % hf.num_kv_heads:
         raise GeometryError(
             "query heads do not divide into groups", where="config.json", expected=f"a multiple of {hf.num_kv_heads}", got=hf.num_heads

@@ -6,9 +6,7 @@ computed back to every rank of the replica. Imports megatron: import it only aft
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,27 +14,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_rpp.algo.objective import MAX_SUFFIX
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.mcore.microbatch import Microbatch
+from megatron_rpp.mcore.sums import Sums, add
 from megatron_rpp.types import PackedBatch
 
 # (logp_new_T, entropy_T, batch, adv_T) -> (sum of the loss over tokens, number of tokens, {name: sum or, for _max, maximum})
 Objective = Callable[[Tensor, Tensor, PackedBatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Sums:
-    """Totals of this rank's micro-batches: sums over tokens, maxima where the name ends in _max. Empty off the last stage."""
-
-    loss: float = 0.0
-    num_tokens: int = 0
-    values: dict[str, float] = field(default_factory=dict)
-
-    @staticmethod
-    def total(name: str, values: Sequence[float]) -> float:
-        """How several values of one name become one."""
-        return max(values) if name.endswith(MAX_SUFFIX) else math.fsum(values)
 
 
 def run_logprobs(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], num_tokens: int, groups: Groups) -> Tensor:
@@ -80,8 +64,8 @@ def run_loss(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatc
         return Sums()
     # one copy to the host for everything
     table = torch.stack([torch.stack(list(row.values())) for row in rows]).tolist()
-    totals = {name: Sums.total(name, column) for name, column in zip(rows[0], zip(*table, strict=True), strict=True)}
-    return Sums(totals.pop("loss"), int(totals.pop("num_tokens")), totals)
+    measured = [dict(zip(rows[0], line, strict=True)) for line in table]
+    return add(Sums(row.pop("loss"), int(row.pop("num_tokens")), row) for row in measured)
 
 
 def _run(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], loss_func: Callable, *, forward_only: bool) -> None:

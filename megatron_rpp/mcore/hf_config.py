@@ -75,7 +75,9 @@ def read_hf_config(hf_dir: Path) -> HfModel:
     try:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError("cannot read the model's configuration", where=str(path), got=error, fix="point model.hf at a Hugging Face model directory") from error
+        raise ConfigError(
+            "cannot read the model's configuration", where=str(path), got=error, fix="point model.hf at a Hugging Face model directory"
+        ) from error
     return parse_hf_config(raw, where=str(path))
 
 
@@ -133,7 +135,9 @@ def _parse_rope(raw: Json, where: str) -> Rope:
     settings = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = settings.get("rope_type", settings.get("type", "default")) or "default"
     if kind not in _ROPE_TYPES:
-        raise ConfigError("this rotary scaling is not supported", where=f"{where}: rope_scaling", expected=" | ".join(_ROPE_TYPES), got=kind)
+        raise ConfigError(
+            "this rotary scaling is not supported", where=f"{where}: rope_scaling", expected=" | ".join(_ROPE_TYPES), got=kind
+        )
     if float(settings.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1.0:
         raise ConfigError("partial rotary embeddings are not supported", where=where, expected="partial_rotary_factor 1.0")
     return Rope(
@@ -158,4 +162,6 @@ def _refuse_unknown_mathematics(raw: Json, family: Family, where: str) -> None:
             raise ConfigError("this setting is not supported", where=f"{where}: {name}", expected=wanted, got=value)
     other_layers = sorted(set(raw.get("layer_types") or ()) - {"full_attention"})
     if other_layers:
-        raise ConfigError("these layers are not supported", where=f"{where}: layer_types", expected="full_attention", got=", ".join(other_layers))
+        raise ConfigError(
+            "these layers are not supported", where=f"{where}: layer_types", expected="full_attention", got=", ".join(other_layers)
+        )

@@ -122,4 +122,6 @@ def _check(optim: Optim, total_steps: int) -> None:
             got=optim.warmup_steps,
         )
     if optim.min_lr > optim.lr:
-        raise ConfigError("the lowest learning rate is above the highest", where="optim.min_lr", expected=f"at most {optim.lr}", got=optim.min_lr)
+        raise ConfigError(
+            "the lowest learning rate is above the highest", where="optim.min_lr", expected=f"at most {optim.lr}", got=optim.min_lr
+        )

@@ -6,7 +6,6 @@ where a checkpoint is met, because megatron may only be imported after `init.sta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,16 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_rpp.algo.objective import MAX_SUFFIX, policy_objective
+from megatron_rpp.algo.objective import policy_objective
 from megatron_rpp.config.schema import Algo, Config
 from megatron_rpp.data.packing import select, split_minibatches, token_index
 from megatron_rpp.dist.collectives import gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.mcore.hf_config import HfModel, read_hf_config
+from megatron_rpp.mcore.sums import Sums, update_stats
 from megatron_rpp.types import PackedBatch, UpdateStats
 
 if TYPE_CHECKING:
-    from megatron_rpp.mcore.forward import Objective, Sums
+    from megatron_rpp.mcore.forward import Objective
     from megatron_rpp.mcore.logp_model import LogpModel
     from megatron_rpp.mcore.microbatch import Packing
     from megatron_rpp.mcore.optimizer import Optimizer, StepResult
@@ -37,7 +37,15 @@ class Policy:
     """
 
     def __init__(
-        self, *, hf: HfModel, groups: Groups, chunks: list[LogpModel], wrapped: list, packing: Packing, optimizer: Optimizer | None, deadline_s: float
+        self,
+        *,
+        hf: HfModel,
+        groups: Groups,
+        chunks: list[LogpModel],
+        wrapped: list,
+        packing: Packing,
+        optimizer: Optimizer | None,
+        deadline_s: float,
     ) -> None:
         self.hf = hf
         self.groups = groups
@@ -73,7 +81,9 @@ class Policy:
         wrapped = wrap_ddp(chunks, config, cfg.optim)
         steps = total_steps if total_steps is not None else cfg.run.steps * cfg.algo.minibatches
         optimizer = Optimizer(wrapped, cfg.optim, config.params_dtype, steps)
-        return cls(hf=hf, groups=groups, chunks=chunks, wrapped=wrapped, packing=packing, optimizer=optimizer, deadline_s=cfg.run.deadline_s)
+        return cls(
+            hf=hf, groups=groups, chunks=chunks, wrapped=wrapped, packing=packing, optimizer=optimizer, deadline_s=cfg.run.deadline_s
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,48 +184,23 @@ class Policy:
         return sums, optimizer.step()
 
     def _stats(self, done: list[tuple[Sums, StepResult]]) -> UpdateStats:
-        """Sums of this rank to means over all ranks: added in rank order in float64, so that every rank reports the same bits."""
+        """The sums of every data-parallel rank, counted once, as means. Every rank adds the same numbers, so all report the same bits."""
         is_counted = self.groups.is_last_stage and self.groups.coords.tp == 0
-        mine = [sums for sums, _ in done] if is_counted else None
-        found = gather_objects(mine, self.groups.world_cpu, name="statistics of an update", deadline_s=self._deadline_s)
-        return merge_stats([share for share in found if share is not None], [result for _, result in done])
+        mine = [sums for sums, _ in done] if is_counted else []
+        shares = gather_objects(mine, self.groups.world_cpu, name="statistics of an update", deadline_s=self._deadline_s)
+        return update_stats([sums for share in shares for sums in share], [result for _, result in done])
 
     def _set_training(self, is_training: bool) -> None:
         for chunk in self.chunks:
             chunk.train(is_training)
 
 
-def negative_log_likelihood(logp_new_T: Tensor, entropy_T: Tensor, batch: PackedBatch, adv_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def negative_log_likelihood(
+    logp_new_T: Tensor, entropy_T: Tensor, batch: PackedBatch, adv_T: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The objective of supervised training: loss = -sum of logp over the masked tokens. adv_T is not looked at."""
     loss = -logp_new_T.sum()
     return loss, batch.mask_T.sum(), {"policy_loss": loss, "entropy": entropy_T.sum()}
-
-
-def merge_stats(shares: list[list[Sums]], results: list[StepResult]) -> UpdateStats:
-    """Statistics of an update from each data-parallel rank's sums, in rank order. Pure.
-
-    value = sum over ranks and minibatches / number of tokens;  for a name that ends in _max, the maximum
-    """
-    parts = [sums for share in shares for sums in share]
-    num_tokens = sum(sums.num_tokens for sums in parts)
-    columns: dict[str, list[float]] = {}
-    for sums in parts:
-        for name, value in {"loss": sums.loss, **sums.values}.items():
-            columns.setdefault(name, []).append(value)
-    values = {
-        name: max(column) if name.endswith(MAX_SUFFIX) else math.fsum(column) / max(num_tokens, 1) for name, column in columns.items()
-    }
-    values["lr"] = results[-1].lr
-    return UpdateStats(
-        loss=values.pop("loss"),
-        policy_loss=values.pop("policy_loss", 0.0),
-        kl_loss=values.pop("kl_loss", 0.0),
-        grad_norm=math.fsum(result.grad_norm for result in results) / len(results),
-        num_minibatches=len(results),
-        num_tokens=num_tokens,
-        is_finite=all(result.is_finite for result in results),
-        values=values,
-    )
 
 
 def _uses_cuda(groups: Groups) -> bool:

@@ -20,7 +20,8 @@ import math_verify
 
 from megatron_rpp.reward.base import RewardInput
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+# A box that opens, a box around one character ("\\boxed 2"), an escaped character, a brace.
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<open>\{)|(?P<single>[^\s{}\\]))|\\.|[{}]", re.DOTALL)
 _IN_BASE = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]+)\}?")
 
 
@@ -50,27 +51,26 @@ def _after_thinking(text: str) -> str:
 
 def explicit_answer(text: str) -> str | None:
     """The content of the last complete box, else of the last "####" line, else None."""
-    for match in reversed(list(_BOX.finditer(text))):
-        if (content := _box_content(text, match.end())) is not None:
-            return content.strip()
+    if (content := _last_box(text)) is not None:
+        return content.strip()
     _, marker, rest = text.rpartition("####")
     return (rest.strip().splitlines() or [""])[0].strip() if marker else None
 
 
-def _box_content(text: str, start: int) -> str | None:
-    r"""What a box holds that begins at `start`: "{...}" with balanced braces, or one character as in "\boxed 2"."""
-    if text[start : start + 1] != "{":
-        return text[start : start + 1] or None
-    depth, place = 0, start
-    while place < len(text):
-        if text[place] == "\\":  # an escaped brace is not a brace
-            place += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[start + 1 : place]
-        place += 1
-    return None
+def _last_box(text: str) -> str | None:
+    """What the complete box that begins last holds. One pass: a model that repeats "\\boxed{" for ever costs no more than others."""
+    last_start, content = -1, None
+    open_braces: list[int] = []  # where the content of each begins; -1 for a brace that is no box
+    for token in _BRACES.finditer(text):
+        if token["single"]:
+            last_start, content = token.start("single"), token["single"]
+        elif token["open"]:
+            open_braces.append(token.end())
+        elif token.group() == "{":
+            open_braces.append(-1)
+        elif token.group() == "}" and open_braces and (start := open_braces.pop()) > last_start:
+            last_start, content = start, text[start : token.start()]
+    return content
 
 
 def _boxed(expression: str) -> str:

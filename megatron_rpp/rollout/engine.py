@@ -146,9 +146,13 @@ class Engine:
             )
         if not self.in_flight:
             self._progress = time.monotonic()
-        self.in_flight |= {request.key: request for request in requests}
         wire = [{"key": each.key, "tokens": list(each.tokens), "sampling": each.sampling.to_sglang(each.seed)} for each in requests]
-        self._call("generate", REPLY_S, requests=wire, version=version)
+        self.in_flight |= {request.key: request for request in requests}  # first: the answers may overtake the reply
+        try:
+            self._call("generate", REPLY_S, requests=wire, version=version)
+        except EngineError:
+            self.in_flight = {key: request for key, request in self.in_flight.items() if request not in requests}
+            raise
 
     def poll(self, timeout_s: float) -> list[Completion]:
         """What has finished, waiting at most timeout_s for the first. Raises: EngineError when a request failed or the engine died."""

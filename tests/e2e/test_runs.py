@@ -16,8 +16,9 @@ def test_a_run_learns_and_the_engine_agrees_with_the_policy_at_every_step(uninte
     assert [record["step"] for record in uninterrupted.records("step")] == [1, 2, 3, 4, 5, 6]
     assert max(uninterrupted.column("mismatch/max_abs")) <= 1e-4
     assert max(uninterrupted.column("mismatch/mean_abs")) > 0, "two engines that agree to the last bit were one and the same"
-    assert uninterrupted.column("score/mean")[-1] > uninterrupted.column("score/mean")[0] + 0.02
-    assert [record["step"] for record in uninterrupted.records("eval")] == [0, 2, 4, 6]
+    held_out = {record["step"]: record["eval/accuracy"] for record in uninterrupted.records("eval")}
+    assert list(held_out) == [0, 2, 4, 6]
+    assert held_out[6] > held_out[0] + 0.3
 
 
 def test_the_run_directory_holds_what_its_readme_says(uninterrupted: runs.Finished) -> None:

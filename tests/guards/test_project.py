@@ -60,6 +60,16 @@ def test_links_between_documents_lead_somewhere() -> None:
     assert dead == []
 
 
+def test_every_configuration_in_a_document_can_be_read(tmp_path: Path) -> None:
+    documents = [path for path in text_files() if path.suffix == ".md"]
+    blocks = [block for path in documents for block in re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.M | re.S)]
+    assert blocks
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"block-{number}.yaml"
+        path.write_text(block)
+        load(path)
+
+
 def pins(name: str) -> dict[str, str]:
     lines = (ROOT / "requirements" / name).read_text().splitlines()
     return {line.partition("==")[0].lower(): line.partition("==")[2] for line in lines if line and not line.startswith(("#", "-"))}

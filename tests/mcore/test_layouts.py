@@ -65,7 +65,9 @@ def test_two_optimiser_steps_leave_the_gradients_and_weights_of_a_textbook_updat
     assert max(worst(got.gradients, want.gradients).values()) < 1e-5
     assert max(worst(got.weights, want.weights).values()) < 2e-6
     before = oracle.load(hf_root / kind).state_dict()
-    assert min(float((want.weights[name] - before[name]).abs().max()) for name in want.weights) > 1e-4, "a weight that does not move proves nothing"
+    assert min(float((want.weights[name] - before[name]).abs().max()) for name in want.weights) > 1e-4, (
+        "a weight that does not move proves nothing"
+    )
 
 
 @pytest.mark.parametrize(("layout", "kind"), CASES)

@@ -86,7 +86,11 @@ def _spoil(root: Path, groups) -> dict[str, Any]:
     weights = _copies(policy)
     twin = tiny.open_policy(cfg, groups)
     twin.update(batch, adv_T, cfg.algo, objective=_infinite_but_for_group_0)
-    return {"stats": stats, "is finite": all(bool(torch.isfinite(tensor).all()) for tensor in weights), "as after one": _is_unchanged(twin, weights)}
+    return {
+        "stats": stats,
+        "is finite": all(bool(torch.isfinite(tensor).all()) for tensor in weights),
+        "as after one": _is_unchanged(twin, weights),
+    }
 
 
 def _infinite_but_for_group_0(logp_new_T: Tensor, entropy_T: Tensor, batch, adv_T: Tensor):
@@ -172,4 +176,6 @@ def test_bfloat16_trains_from_float32_copies_of_the_loaded_weights(is_distribute
         want_T, _ = oracle.logp_and_entropy(oracle.load(hf_root / "qwen3"), batch, 1.0)
     assert found["dtype"] is torch.bfloat16 and found["logp"].dtype is torch.float32
     assert float((found["logp"] - want_T).abs().max()) < 0.15
-    assert found["stats"].is_finite and found["weights stay"], "a tiny step must not replace the weights by what the optimizer held before the load"
+    assert found["stats"].is_finite and found["weights stay"], (
+        "a tiny step must not replace the weights by what the optimizer held before the load"
+    )

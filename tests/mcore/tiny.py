@@ -53,7 +53,12 @@ def make_hf(folder: Path, kind: str, *, layers: int = 4) -> Path:
 
 
 def make_config(
-    hf: Path, *, optim: dict[str, Any] | None = None, algo: dict[str, Any] | None = None, megatron: dict[str, Any] | None = None, **parallel: Any
+    hf: Path,
+    *,
+    optim: dict[str, Any] | None = None,
+    algo: dict[str, Any] | None = None,
+    megatron: dict[str, Any] | None = None,
+    **parallel: Any,
 ) -> Config:
     return Config(
         model=Model(hf=hf, dtype="float32", megatron=megatron or {}),

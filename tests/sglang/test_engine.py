@@ -145,13 +145,6 @@ def test_the_checksum_sees_a_swap_and_is_back_with_the_weights(engine: Engine, m
     tiny.sample(engine, tiny.requests(1))
 
 
-def test_cached_prefixes_do_not_outlive_an_update(engine: Engine, model: nn.Module) -> None:
-    new, asked = _other(model), tiny.requests(4)
-    tiny.sample(engine, asked)
-    tiny.publish(engine, tiny.state(new), 1)
-    assert _worst_gap(new, asked, tiny.sample(engine, asked)) < LOGP_TOLERANCE
-
-
 def test_other_weights_than_asked_for_are_refused(engine: Engine) -> None:
     with pytest.raises(StaleWeightsError, match=r"expected: version 3\n.*got: version 0"):
         engine.submit(tiny.requests(1), version=3)

@@ -15,7 +15,9 @@ from tests.sglang import tiny
 
 @pytest.mark.slow
 def test_two_workers_are_one_model_before_and_after_an_update(start_engine: Callable[..., Engine], model: nn.Module) -> None:
-    engine = start_engine(tp=2)
+    """With the prefix cache, as on a GPU: what was cached must not outlive the update."""
+    engine = start_engine(tp=2, sglang={"disable_radix_cache": False, "enable_deterministic_inference": False})
+    assert not engine.info.is_seeded
     assert sorted(report["rank"] for report in engine.info.reports if report["role"] == "scheduler") == ["tp0-pp0", "tp1-pp0"]
     asked = tiny.requests(4, max_tokens=5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from decimal import Decimal
 
 import pytest
@@ -106,6 +107,9 @@ RIGHT = [
     ("<think>it could be \\boxed{3}</think> \\boxed{4}", "4"),
     (r"first \boxed{4}, then \boxed{5", "4"),
     (r"\boxed{2516}", "2516_8"),
+    (r"\boxed{\boxed{6}}", "6"),
+    (r"{ \boxed{6}", "6"),
+    (r"\boxed{\{1, \}2} \boxed{\}}", r"\}"),
     (r"\frac{1}{2}", r"\frac{1}{2}"),
 ]
 WRONG = [
@@ -134,6 +138,13 @@ def test_math_accepts_equal_answers_in_other_words(response: str, answer: str) -
 @pytest.mark.parametrize(("response", "answer"), WRONG)
 def test_math_refuses_other_answers_and_answers_not_given(response: str, answer: str) -> None:
     assert judge(math, response, answer) == 0.0
+
+
+def test_finding_the_box_takes_time_linear_in_the_text() -> None:
+    """A model that repeats itself is common; a scan from every box to the end would take minutes here."""
+    begin = time.monotonic()
+    assert judge(math, r"\boxed{7}" + r"\boxed{" * 100_000, "7") == 1.0
+    assert time.monotonic() - begin < 10
 
 
 def test_every_registered_name_has_its_function() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -37,10 +38,12 @@ def wait_until_gone(pid: int, seconds: float = 5.0) -> bool:
     return not is_running(pid)
 
 
-def children() -> list[str]:
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        found += (task / "children").read_text().split()
+def children() -> set[str]:
+    """Processes started by any thread of this one; a thread may end while we look."""
+    found: set[str] = set()
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.update((thread / "children").read_text().split())
     return found
 
 
@@ -72,6 +75,16 @@ def test_a_misbehaving_verifier_gives_a_failed_verdict_and_the_next_one_scores(p
     assert (before, after) == (Verdict(1.0), Verdict(2.0))
     assert (failed.score, failed.reward_failed) == (-1.0, kind)
     assert failed.reason.startswith(reason)
+
+
+def test_expressions_that_no_computer_finishes_cost_their_limit_and_no_more() -> None:
+    endless = [RewardInput("", rf"\boxed{{{power}}}", "2") for power in ("9^{9^{9^9}}", "99999999!")]
+    with RewardPool("math", timeout_s=2.0, num_workers=2) as pool:
+        begin = time.monotonic()
+        verdicts = pool.score_many([*endless, RewardInput("", r"\boxed{\frac{4}{2}}", "2")])
+        assert time.monotonic() - begin < 20
+    assert [verdict.reward_failed for verdict in verdicts[:2]] == ["timeout", "timeout"]
+    assert verdicts[2].score == 1.0
 
 
 def test_verdicts_come_in_the_order_of_the_responses_though_some_take_longer() -> None:
