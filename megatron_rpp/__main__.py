@@ -105,6 +105,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _run_as_rank(options: argparse.Namespace, cfg: Config, world: World) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that engines and workers are closed in order
+    # Slurm's warning goes to every process of a task. Ignored, it ends neither a rank that is still loading nor the engines and
+    # workers, which inherit this; the training loop listens to it once it can save.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with _own_log(options, cfg, world):
             _command(options.command)(cfg)

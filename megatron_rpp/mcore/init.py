@@ -40,6 +40,7 @@ def start(cfg: Config, world: World) -> Groups:
     timeout = timedelta(seconds=cfg.run.deadline_s)
     _init_process_group(world, device, timeout)
     _init_parallel_state(cfg.parallel, cfg.run.deadline_s)
+    megatron_rpp_patches.verify("megatron_core")  # every patch stands and does what it is for, before a model is built
     _seed(cfg.run.seed)
     return _groups(cfg.parallel, world, timeout)
 

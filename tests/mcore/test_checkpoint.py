@@ -28,8 +28,7 @@ def _train(policy, cfg, groups, steps: range) -> list[UpdateStats]:
 
 def _run(rank: int, hf: Path, sizes: dict[str, Any], load: Path | None, save: Path | None) -> dict[str, Any]:
     """Steps 0 and 1 or a load; a save; steps 2 and 3. The rate decays, so that a lost schedule shows."""
-    optim = dict(schedule="linear", warmup_steps=1, distributed=sizes.get("distributed", True))
-    cfg = tiny.make_config(hf, optim=optim, **{name: value for name, value in sizes.items() if name != "distributed"})
+    cfg = tiny.make_config(hf, optim=dict(schedule="linear", warmup_steps=1), **sizes)
     with tiny.megatron(cfg) as groups:
         policy = tiny.open_policy(cfg, groups)
         if load is None:
@@ -74,12 +73,28 @@ def test_another_layout_continues_the_same_run(sizes: dict[str, int], saved, hf_
         torch.testing.assert_close(resumed[0]["weights"][name], weight, rtol=0, atol=2e-6)
 
 
+def _unsharded(rank: int, hf: Path, directory: Path) -> list[tuple[list[UpdateStats], dict[str, Any]]]:
+    """A run that saves after two steps and goes on, and a second policy that starts from what it saved."""
+    cfg = tiny.make_config(hf, optim=dict(distributed=False))
+    found = []
+    with tiny.megatron(cfg) as groups:
+        for is_resumed in (False, True):
+            policy = tiny.open_policy(cfg, groups)
+            if is_resumed:
+                policy.load(directory)
+            else:
+                _train(policy, cfg, groups, range(2))
+                policy.save(directory)
+            found.append((_train(policy, cfg, groups, range(2, 4)), tiny.weights_as_hf(policy, cfg)))
+    return found
+
+
 def test_an_unsharded_optimizer_continues_bit_for_bit(hf_root: Path, tmp_path: Path) -> None:
-    sizes = dict(distributed=False)
-    went_on = run_ranks(1, _run, hf_root / "qwen3", sizes, None, tmp_path / "c", init=False, timeout_s=TIMEOUT_S)[0]
-    resumed = run_ranks(1, _run, hf_root / "qwen3", sizes, tmp_path / "c", None, init=False, timeout_s=TIMEOUT_S)[0]
-    assert resumed["stats"] == went_on["stats"]
-    assert all(torch.equal(resumed["weights"][name], weight) for name, weight in went_on["weights"].items())
+    (stats, weights), (resumed_stats, resumed_weights) = run_ranks(
+        1, _unsharded, hf_root / "qwen3", tmp_path / "c", init=False, timeout_s=TIMEOUT_S
+    )[0]
+    assert resumed_stats == stats
+    assert all(torch.equal(resumed_weights[name], weight) for name, weight in weights.items())
 
 
 def _refusals(rank: int, root: Path, directory: Path, scratch: Path) -> dict[str, str]:

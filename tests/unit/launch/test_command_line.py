@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,26 @@ def test_a_run_with_the_wrong_number_of_processes_is_refused_by_every_rank(proje
     assert result.returncode == 2
     assert "tp 2 x cp 1 x dp 1 x pp 1 = 2 ranks, but there are 4 processes; parallel.dp: 2 would fit" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_signal_to_save_does_not_end_a_run_that_is_still_starting(project: Path) -> None:  # noqa: F811
+    """The model of the fixture has neither weights nor tokenizer, so the run ends by itself, with an error about that."""
+    command = [sys.executable, "-m", "megatron_rpp", "train", str(project), f"run.dir={project.parent / 'run'}"]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    process = subprocess.Popen(command, cwd=ROOT, env={**plain, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not ignores(process.pid, signal.SIGUSR1):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1, error
+
+
+def ignores(pid: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigIgn:")[2].split()[0], 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize(("given", "meant"), [("trian", "train"), ("docter", "doctor"), ("evaluate", "eval")])
