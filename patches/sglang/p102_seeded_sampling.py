@@ -32,7 +32,7 @@ def _mix(state: Tensor, block: Tensor) -> Tensor:
 
 
 def murmur_hash32(seed: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
-    """MurmurHash3 of (seed low, seed high, position, column), in int64 (products wrap, the low 32 bits stay right). [n], [n], [m] -> [n, m]"""
+    """MurmurHash3 of (seed low, seed high, position, column) in int64, whose low 32 bits stay right. [n], [n], [m] -> [n, m]"""
     seed = seed.to(torch.int64)
     state = torch.zeros_like(seed)
     for block in (seed & LOW_32, (seed >> 32) & LOW_32, positions.to(torch.int64) & LOW_32):

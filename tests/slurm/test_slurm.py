@@ -15,7 +15,8 @@ from tests.slurm.cluster import SECOND_NODE, Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = ROOT / "examples" / "slurm" / "train.sbatch"
-SMALL = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=5")
+# Short jobs: the script's warning ten minutes before the limit would come at once.
+SMALL = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=5", "--signal=USR1@20")
 
 # Stands in for Python in the job script: writes down how it was called, then waits to be told that time is running out.
 RECORDER = """#!/usr/bin/env bash
@@ -70,6 +71,7 @@ def test_the_job_script_starts_one_rank_for_each_task_in_the_directory_of_sbatch
 
 @pytest.mark.slow
 def test_every_rank_is_told_before_the_time_limit(cluster: Cluster, job_dir: Path) -> None:
+    assert "\n#SBATCH --signal=USR1@600\n" in SBATCH.read_text()
     job = submit(cluster, job_dir, "--time=1", "--signal=USR1@20")  # Slurm looks every 30 s: 10 to 40 s from now
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT", timeout_s=90) == "COMPLETED"
     assert record(job_dir)[:4] == [f"saved {task}" for task in range(4)]
@@ -80,6 +82,7 @@ def test_one_rank_that_fails_ends_the_job(cluster: Cluster, job_dir: Path) -> No
     python.write_text(RECORDER.replace("for _", "[[ $SLURM_PROCID == 2 ]] && exit 7\nfor _"))
     job = submit(cluster, job_dir)
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=30) == "FAILED"
+    assert not [line for line in record(job_dir) if line.startswith("saved")]  # its peers were ended, not left to their own end
 
 
 def test_the_job_script_finds_the_python_of_its_own_checkout(cluster: Cluster, job_dir: Path) -> None:
