@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_rpp_patches._imports import ImportWatcher, Inheritance
+from megatron_rpp_patches._imports import ImportWatcher, Inheritance, die_with_parent
 from megatron_rpp_patches._record import MISSING, Patch, check_source, check_version, current, slot
 
 WATCHER = ImportWatcher()
@@ -142,8 +142,14 @@ def apply(name: str, *, role: str | None = None, children: bool = True, found: d
 
 
 def apply_inherited(name: str, found: dict[str, Found]) -> None:
-    """`apply` as a child process calls it, with what its parent found out about host and files."""
+    """`apply` as a child process calls it, with what its parent found out about host and files.
+
+    The child dies with the thread that started it: the helper process that a Megatron checkpoint keeps for its queue would
+    otherwise outlive a rank that was killed, for ever.
+    """
     apply(name, found=found)
+    if name == "megatron_core":
+        die_with_parent()
 
 
 def _look(patch: Patch) -> Found:

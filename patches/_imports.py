@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import multiprocessing.process
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -11,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 Callback = Callable[[ModuleType], None]
+_PR_SET_PDEATHSIG = 1
 
 
 class ImportWatcher:
@@ -94,6 +97,11 @@ class Inheritance:
     def withdraw(key: str) -> None:
         """Stop giving it."""
         multiprocessing.process.current_process()._config.pop(key, None)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _inherit(function: str, args: tuple) -> Inheritance:

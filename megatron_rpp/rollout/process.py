@@ -23,21 +23,31 @@ KILL_WAIT_S = 5.0
 
 
 class EngineProcess:
-    """`python -m megatron_rpp.rollout.server` in a session of its own, with a private folder for its socket and reports.
-
-    The folder is its TMPDIR too: SGLang leaves a socket file there for each of its queues.
-    """
+    """`python -m megatron_rpp.rollout.server` in a session of its own, with a private folder for its socket and reports."""
 
     def __init__(self, settings: EngineSettings, log: Path) -> None:
         self.name, self.log = settings.name, log
         self.folder = Path(tempfile.mkdtemp(prefix="rpp-"))  # mode 0700, and short: a socket's path ends at 107 characters
         log.parent.mkdir(parents=True, exist_ok=True)
-        env = environment(settings, os.environ) | {FOLDER_VARIABLE: str(self.folder), "TMPDIR": str(self.folder)}
-        env.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{os.getuid()}")  # not with TMPDIR
+        env = environment(settings, os.environ) | self._places()
         command = [sys.executable, "-m", "megatron_rpp.rollout.server", json.dumps(asdict(settings)), str(os.getpid())]
         with open(log, "ab") as output:
             self._popen = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         self.pid = self._popen.pid
+
+    def _places(self) -> dict[str, str]:
+        """Variables that keep what the engine's processes share in its folder, and out of the way of other engines.
+
+        SGLang leaves a socket file in TMPDIR for each of its queues. Its workers meet at a port that was free some seconds
+        ago, and with several engines starting is taken by then; a file is not.
+        """
+        caches = f"{tempfile.gettempdir()}/torchinductor-{os.getuid()}"  # torch would put its own in TMPDIR, to be lost
+        return {
+            FOLDER_VARIABLE: str(self.folder),
+            "TMPDIR": str(self.folder),
+            "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", caches),
+            "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self.folder}/rendezvous",
+        }
 
     @property
     def is_alive(self) -> bool:

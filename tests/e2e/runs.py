@@ -97,15 +97,16 @@ def await_record(run_dir: Path, step: int, process: subprocess.Popen[str]) -> No
 
 
 def processes_of(run_dir: Path) -> list[str]:
-    """Command lines of living processes that name the run directory, or were started with it in their environment."""
+    """Command lines of living processes that name the run directory, or have a file in it or its output open."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            line, variables = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+            line = (folder / "cmdline").read_bytes()
+            open_files = b" ".join(os.readlink(bytes(link)) for link in (folder / "fd").iterdir())
             state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
         except OSError:
             continue
-        if state != "Z" and int(folder.name) != os.getpid() and str(run_dir).encode() in line + variables:
+        if state != "Z" and int(folder.name) != os.getpid() and str(run_dir).encode() in line + open_files:
             found.append(line.replace(b"\0", b" ").decode()[:200])
     return found
 

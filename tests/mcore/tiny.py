@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rpp.config.schema import Algo, Config, Data, Model, Optim, Parallel, Run
 from megatron_rpp.data.packing import pack_groups
 from megatron_rpp.dist.groups import Groups
-from megatron_rpp.dist.world import World
+from megatron_rpp.dist.world import FIRST_PORT, NUM_PORTS, World
 from megatron_rpp.types import Group, PackedBatch, Prompt, Response
 from tests.mcore.hf import transformers as import_transformers
 
@@ -63,7 +63,7 @@ def make_config(
     return Config(
         model=Model(hf=hf, dtype="float32", megatron=megatron or {}),
         data=Data(train=hf),
-        run=Run(device="cpu", steps=10, seed=3, deadline_s=60.0),
+        run=Run(device="cpu", steps=10, seed=3, deadline_s=120.0),
         parallel=Parallel(**parallel),
         # a large eps keeps Adam from magnifying the rounding of gradients that are next to nothing
         optim=Optim(**{"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "clip_grad": 0.5, "microbatch_tokens": 100, **(optim or {})}),
@@ -112,7 +112,9 @@ def megatron(cfg: Config) -> Iterator[Groups]:
     """A Megatron rank inside `run_ranks(..., init=False)`."""
     from megatron_rpp.mcore.init import start, stop
 
-    groups = start(cfg, World.from_env())
+    world = World.from_env()
+    # The port was free when the parent looked, seconds ago. Below the ephemeral range no outgoing connection has taken it since.
+    groups = start(cfg, replace(world, master_port=FIRST_PORT + world.master_port % NUM_PORTS))
     try:
         yield groups
     finally:
@@ -137,7 +139,7 @@ def live_view(policy, cfg: Config):
     from megatron_rpp.weights.live import live_weights
 
     checkpoint = open_hf(cfg.model.hf)
-    return live_weights(describe(checkpoint.config), policy.named_local(), policy.groups, dtype=policy.dtype, deadline_s=60.0), checkpoint
+    return live_weights(describe(checkpoint.config), policy.named_local(), policy.groups, dtype=policy.dtype, deadline_s=120.0), checkpoint
 
 
 def weights_as_hf(policy, cfg: Config, *, of: str = "weights") -> dict[str, Tensor]:

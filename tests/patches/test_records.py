@@ -97,7 +97,7 @@ def test_the_patches_of_megatron_stay_within_their_budget() -> None:
     assert max(lines.values()) <= 140, lines
     assert sum(lines.values()) <= 820, lines
     assert sum(len(file.read_text().splitlines()) for file in (ROOT / "megatron_core" / "spec").glob("*.py")) <= 480
-    assert sum(len(file.read_text().splitlines()) for file in ROOT.glob("_*.py")) <= 700
+    assert sum(len(file.read_text().splitlines()) for file in ROOT.glob("_*.py")) <= 720
 
 
 def test_the_machinery_imports_the_standard_library_and_our_errors_only() -> None:
