@@ -32,7 +32,7 @@ say "1/4 a tiny Qwen3 with random weights, and its problems"
 "$bin/python" "$here/make_assets.py" "$work" --seed "$seed"
 
 rm -rf "$work/warm" "$work/warm-up"
-say "2/4 supervised warm-up: worked solutions mixed with guesses, through the Megatron policy"
+say "2/4 supervised warm-up: worked solutions mixed with bare answers, through the Megatron policy"
 "$bin/rpp" sft "$here/run.yaml" "$@" model.hf="$work/model" sft.out="$work/warm" run.dir="$work/warm-up"
 
 say "3/4 REINFORCE++ on Megatron-Core and SGLang"

@@ -40,8 +40,9 @@ MANIFEST = "files.json"
 
 Fingerprint = dict[str, int]
 
-# What reading a damaged or foreign directory has been seen to raise, in megatron, torch and below.
-_BROKEN = (CheckpointingException, CheckpointException, OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError)
+# What reading a directory of another kind raises, in megatron, torch and below. Damage is found before, by checksum; and a
+# RuntimeError is mostly a peer that left, which is not the checkpoint's fault.
+_BROKEN = (CheckpointingException, CheckpointException, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 
 
 def save(directory: Path, hf: HfModel, chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Groups) -> None:

@@ -7,6 +7,7 @@ where a checkpoint is met, because megatron may only be imported after `init.sta
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from megatron_rpp.algo.objective import policy_objective
 from megatron_rpp.config.schema import Algo, Config
 from megatron_rpp.data.packing import select, split_minibatches, token_index
 from megatron_rpp.dist.collectives import gather_objects
+from megatron_rpp.dist.deadline import deadline
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.mcore.hf_config import HfModel, read_hf_config
 from megatron_rpp.mcore.sums import Sums, update_stats
@@ -98,7 +100,8 @@ class Policy:
         from megatron_rpp.mcore.forward import run_logprobs
 
         self._set_training(False)
-        logp_T = run_logprobs(self._wrapped, self._packing.microbatches(batch, temperature), batch.num_tokens, self.groups)
+        with self._wait("log-probabilities"):
+            logp_T = run_logprobs(self._wrapped, self._packing.microbatches(batch, temperature), batch.num_tokens, self.groups)
         return logp_T.to(batch.tokens_T.device)
 
     def update(
@@ -161,13 +164,15 @@ class Policy:
         """Write weights, optimizer, schedule and random states into `directory`, for `load` in this or another layout."""
         from megatron_rpp.mcore.checkpoint import save
 
-        save(directory, self.hf, self.chunks, self._trained(), self.groups)
+        with self._wait("save of a checkpoint"):
+            save(directory, self.hf, self.chunks, self._trained(), self.groups)
 
     def load(self, directory: Path) -> None:
         """Continue from what `save` wrote: bit for bit on the same layout. Raises: CheckpointError, on every rank."""
         from megatron_rpp.mcore.checkpoint import load
 
-        load(directory, self.hf, self.chunks, self._trained(), self.groups)
+        with self._wait("load of a checkpoint"):
+            load(directory, self.hf, self.chunks, self._trained(), self.groups)
 
     def _trained(self) -> Optimizer:
         assert self.optimizer is not None, "a frozen reference has no optimizer"
@@ -180,8 +185,9 @@ class Policy:
         self._set_training(True)
         optimizer.zero_grad()
         microbatches = self._packing.microbatches(batch, temperature)
-        sums = run_loss(self._wrapped, microbatches, adv_T.to(self._packing.device), objective)
-        return sums, optimizer.step()
+        with self._wait("optimiser step"):
+            sums = run_loss(self._wrapped, microbatches, adv_T.to(self._packing.device), objective)
+            return sums, optimizer.step()
 
     def _stats(self, done: list[tuple[Sums, StepResult]]) -> UpdateStats:
         """The sums of every data-parallel rank, counted once, as means. Every rank adds the same numbers, so all report the same bits."""
@@ -189,6 +195,10 @@ class Policy:
         mine = [sums for sums, _ in done] if is_counted else []
         shares = gather_objects(mine, self.groups.world_cpu, name="statistics of an update", deadline_s=self._deadline_s)
         return update_stats([sums for share in shares for sums in share], [result for _, result in done])
+
+    def _wait(self, name: str) -> AbstractContextManager:
+        """Names the waits inside Megatron, which have the process groups' own deadline but no name."""
+        return deadline(name, self._deadline_s, rank=self.groups.rank, waiting_for="the other ranks of the model")
 
     def _set_training(self, is_training: bool) -> None:
         for chunk in self.chunks:

@@ -86,7 +86,7 @@ def build_engine(settings: EngineSettings, tell: Callable[..., None]) -> Any:
         def _launch_detokenizer_subprocesses(cls, **_: Any) -> tuple[list, list]:
             return [], []  # with token ids in and out nothing is ever sent to it, and it costs an import of sglang
 
-    # Attention goes through the sequences one by one there, so it cannot depend on the batch, with or without a prefix.
+    # Attention goes through the sequences one by one there, and settings.py keeps prefixes and chunks out of it.
     choices.add_deterministic_attention_backend_choices(["torch_native"])
     tell(event="phase", phase="starting SGLang's workers and loading weights")
     engine = PatchedEngine(**(server_args(settings) | {"custom_weight_loader": [hook.LOADER]}))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_rpp.algo.objective import policy_objective
 from megatron_rpp.config.schema import Algo, Config
+from megatron_rpp.errors import DeadlineError
 from megatron_rpp.types import UpdateStats
 from tests.dist.ranks import run_ranks
 from tests.mcore import oracle, tiny
@@ -179,3 +180,21 @@ def test_bfloat16_trains_from_float32_copies_of_the_loaded_weights(is_distribute
     assert found["stats"].is_finite and found["weights stay"], (
         "a tiny step must not replace the weights by what the optimizer held before the load"
     )
+
+
+def _abandon(rank: int, hf: Path) -> str:
+    """Rank 1 leaves while rank 0 waits for it inside Megatron."""
+    cfg = tiny.make_config(hf, tp=2)
+    with tiny.megatron(cfg) as groups:
+        policy = tiny.open_policy(cfg, groups)
+        if rank == 1:
+            return ""
+        batch, adv_T = tiny.make_batch(tiny.make_groups())
+        with pytest.raises(DeadlineError) as error:
+            policy.update(batch, adv_T, cfg.algo, objective=tiny.surrogate)
+        return str(error.value)
+
+
+def test_a_peer_that_left_ends_the_step_with_its_name(hf_root: Path) -> None:
+    said = run_ranks(2, _abandon, hf_root / "qwen3", init=False, timeout_s=150.0)[0]
+    assert "wait 'optimiser step'" in said and "rank 0" in said
