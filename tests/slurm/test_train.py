@@ -20,7 +20,8 @@ def test_a_job_of_two_nodes_and_four_tasks_trains_and_saves(cluster: Cluster, tm
     subprocess.run([sys.executable, script, tmp_path], check=True, env=runs.environment(), timeout=200)
     (tmp_path / "run.yaml").write_text(runs.YAML.format(assets=tmp_path))
     exports = f"--export=ALL,RPP_PYTHON={sys.executable},PYTHONPATH={runs.ROOT},OMP_NUM_THREADS=1"
-    options = (exports, "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=60")  # far from the warning that comes 600 s before the limit
+    # An hour, because the script has Slurm warn 600 s before the limit: with less the warning comes while the ranks start.
+    options = (exports, "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=60")
     sbatch = str(runs.ROOT / "examples" / "slurm" / "train.sbatch")
     job = cluster.call("sbatch", "--parsable", *options, sbatch, "run.yaml", "run.dir=run", *LAYOUT, cwd=tmp_path).strip()
     state = cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=runs.LIMIT_S)
