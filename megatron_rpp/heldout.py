@@ -16,11 +16,10 @@ EVAL_STEP = -1
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """accuracy: mean score; num_correct counts scores >= 1; response_tokens: mean length; the rest are fractions."""
+    """accuracy: mean score; response_tokens: mean length; the rest are fractions."""
 
     accuracy: float
     num_prompts: int
-    num_correct: int
     response_tokens: float
     truncated_frac: float
     failed_frac: float
@@ -60,7 +59,6 @@ def evaluate(
     return EvalResult(
         accuracy=sum(response.score for response in responses) / count,
         num_prompts=len(groups),
-        num_correct=sum(response.score >= 1 for response in responses),
         response_tokens=sum(len(response.tokens) for response in responses) / count,
         truncated_frac=sum(response.is_truncated for response in responses) / count,
         failed_frac=sum(response.reward_failed is not None for response in responses) / count,

@@ -76,6 +76,7 @@ class Session:
         self._prompts: PromptStream | None = None
         self._held_out: PromptSet | None = None
         self._asked_to_stop = False
+        self._saved_step = -1
 
     @classmethod
     @contextmanager
@@ -270,8 +271,6 @@ class Session:
             )
         self.log.evaluation(step, result.as_metrics(), timing={"eval_s": clock.take()["step_s"]})
         self.clock.take()
-
-    _saved_step = -1
 
     def save_if_due(self, step: int) -> None:
         if self.cfg.checkpoint.every and step % self.cfg.checkpoint.every == 0:
