@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from megatron_rpp.config.validate import Checked, validate
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import ConfigError, RppError
 from megatron_rpp.host import num_gpus
+from megatron_rpp.signals import hold_warning
 from megatron_rpp.version import __version__
 
 _RUN_COMMANDS = {
@@ -90,6 +92,7 @@ def _load(options: argparse.Namespace, *, world_size: int | None = None) -> tupl
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     """As one rank when a launcher started us or one rank is enough; else by starting all ranks on this host."""
+    hold_warning()  # the loop asks for it once it can save; engines and workers inherit the peace
     world = World.from_env()
     cfg, checked = _load(options, world_size=None if world.launcher == "single" else world.size)
     if world.rank == 0 and options.report is None:
@@ -105,9 +108,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _run_as_rank(options: argparse.Namespace, cfg: Config, world: World) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that engines and workers are closed in order
-    # Slurm's warning goes to every process of a task. Ignored, it ends neither a rank that is still loading nor the engines and
-    # workers, which inherit this; the training loop listens to it once it can save.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if _is_cpu(cfg):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the patches and SGLang ask it whether there is a GPU
     try:
         with _own_log(options, cfg, world):
             _command(options.command)(cfg)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from megatron_rpp.config.schema import Config
+from megatron_rpp.dist.agreement import raise_together
 from megatron_rpp.dist.collectives import gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import DeadlineError, RppError
-from megatron_rpp.placement import raise_together
 from megatron_rpp.reward.base import RewardInput, Verdict
 from megatron_rpp.reward.pool import RewardPool
 from megatron_rpp.rollout.generate import Rollouts, assemble
@@ -27,11 +28,10 @@ Progress = Callable[[int, int, int], None]  # responses finished and asked for o
 class Collector:
     """The parts that a roll-out needs, bound once. pool: None on ranks that lead no engine."""
 
+    cfg: Config
     groups: Groups
     rollouts: Rollouts
     pool: RewardPool | None
-    deadline_s: float
-    verdict_deadline_s: float
 
     def collect(
         self,
@@ -49,10 +49,12 @@ class Collector:
         step: what the seeds depend on. version: of the weights; an engine with others refuses. name: of the ledger's entry.
         Raises: EngineError, StaleWeightsError, DeadlineError; on every rank when it happens on one.
         """
-        error: RppError | None = None
+        cfg, error = self.cfg, None
+        num_asked = len(prompts) * num_samples
+        verdicts_s = cfg.reward.timeout_s * -(-num_asked // cfg.reward.num_workers) + cfg.run.deadline_s  # were each to need its limit
         mine: list[Response] = []
         if self.pool is not None:
-            work = _Scoring(self.pool, len(prompts) * num_samples, progress)
+            work = _Scoring(self.pool, num_asked, progress)
             try:
                 self.rollouts.generate(
                     prompts,
@@ -63,11 +65,13 @@ class Collector:
                     name=name,
                     on_response=work.add,
                 )
-                mine = work.finish(self.verdict_deadline_s)
+                mine = work.finish(verdicts_s)
             except RppError as raised:
                 error = raised
-        raise_together(error, groups=self.groups, what=f"roll-out {name or step}", deadline_s=self.deadline_s)
-        shares = gather_objects(mine, self.groups.world_cpu, name=f"responses of roll-out {name or step}", deadline_s=self.deadline_s)
+        # A rank without an engine is here at once, and waits for the slowest leader.
+        longest_s = cfg.rollout.deadline_s + verdicts_s + cfg.run.deadline_s
+        raise_together(error, groups=self.groups, what=f"roll-out {name or step}", deadline_s=longest_s)
+        shares = gather_objects(mine, self.groups.world_cpu, name=f"responses of roll-out {name or step}", deadline_s=cfg.run.deadline_s)
         return assemble(prompts, [response for share in shares for response in share], num_samples)
 
 

@@ -54,7 +54,7 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
 
         process.together("start engines and reward workers", start, here=leads)
         queue = _open_queue(process, leaders, mine.index if leads else None)
-        limits = RolloutLimits(quiet_s=cfg.run.deadline_s)
+        limits = RolloutLimits(total_s=cfg.rollout.deadline_s, quiet_s=cfg.run.deadline_s)
         rollouts = Rollouts(parts.get("engine"), queue, seed=cfg.run.seed, detokenise=detokenise, ledger=parts.get("ledger"), limits=limits)
         yield Sampler(rollouts, parts.get("engine"), parts.get("pool"), leaders)
 
@@ -65,12 +65,12 @@ def await_engines(process: Process, sampler: Sampler, *, version: int | None = N
     Raises: DeadlineError or EngineError, on every rank when it happens on one.
     """
 
-    def wait() -> None:
-        sampler.engine.await_ready(
-            process.cfg.rollout.start_deadline_s, version=version, on_progress=lambda line: process.log.say(f"        {line}")
-        )
+    start_s = process.cfg.rollout.start_deadline_s
 
-    process.together("wait for the engines", wait, here=sampler.engine is not None)
+    def wait() -> None:
+        sampler.engine.await_ready(start_s, version=version, on_progress=lambda line: process.log.say(f"        {line}"))
+
+    process.together("wait for the engines", wait, here=sampler.engine is not None, longest_s=start_s)
     record_patches(process, sampler.engine.info.reports if sampler.engine is not None else ())
 
 

@@ -28,7 +28,7 @@ def evaluate_model(cfg: Config) -> None:
         detokenise = partial(tokenizer.decode, skip_special_tokens=True)
         with open_engines(process, detokenise, max_sequence_tokens=cfg.data.max_prompt_tokens + max_tokens) as sampler:
             await_engines(process, sampler, version=VERSION)
-            collector = Collector(process.groups, sampler.rollouts, sampler.pool, process.deadline_s, process.deadline_s)
+            collector = Collector(cfg, process.groups, sampler.rollouts, sampler.pool)
             result = evaluate(
                 collector,
                 prompts,

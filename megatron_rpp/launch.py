@@ -11,7 +11,6 @@ and shows the earliest report, once. A rank cannot outlive the launcher: the ker
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -28,9 +27,8 @@ from types import FrameType
 
 from megatron_rpp.errors import ConfigError, RppError
 from megatron_rpp.host import num_gpus
+from megatron_rpp.signals import WARNING, die_with, hold_warning
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)  # loaded before any fork: a forked child must not run the loader
 GRACE_S = 10.0  # from the first failure to SIGTERM, and from there to SIGKILL
 _POLL_S = 0.05
 
@@ -48,7 +46,7 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, log_dir: Path, is_cpu: 
     """Run `command` as `num_ranks` ranks on this host; the exit code of the run.
 
     A rank gets `--report FILE` appended, into which `write_report` puts its failure. SIGINT and SIGTERM stop all ranks,
-    SIGUSR1 is passed on to them.
+    SIGUSR1, the warning to save, is passed on to them.
     Raises: ConfigError when this host has fewer GPUs than there are ranks.
     """
     if not is_cpu:
@@ -77,13 +75,6 @@ def write_report(path: Path, error: BaseException) -> None:
     partial.replace(path)
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when process `parent`, its parent, ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
-        os._exit(1)
-
-
 class _Signals:
     """Inside the block, the signals that stop a run are remembered instead of ending this process."""
 
@@ -92,19 +83,22 @@ class _Signals:
     def __init__(self) -> None:
         self.stop: signal.Signals | None = None
         self.wants_save = False
+        self._mask: set[int] = set()
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> _Signals:
-        for number in (*self._STOP, signal.SIGUSR1):
+        for number in (*self._STOP, WARNING):
             self._before[number] = signal.signal(number, self._note)
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # held until the ranks stand, now passed on
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR1:
+        if number == WARNING:
             self.wants_save = True
         else:
             self.stop = signal.Signals(number)
@@ -132,7 +126,7 @@ class _Ranks:
                         stdout=output,
                         stderr=output,
                         process_group=0,  # Ctrl-C reaches the launcher alone, which then stops the ranks in order
-                        preexec_fn=lambda: die_with(parent),
+                        preexec_fn=lambda: _begin_rank(parent),
                     )
                 self._processes.append(process)
         except BaseException:
@@ -148,7 +142,7 @@ class _Ranks:
             if signals.wants_save:
                 signals.wants_save = False
                 for process in self._processes:
-                    process.send_signal(signal.SIGUSR1)
+                    process.send_signal(WARNING)
             if any(process.returncode not in (None, 0) for process in self._processes):
                 self._await_all(GRACE_S)  # an error that all ranks share reaches each of them; let them tidy up
                 break
@@ -210,6 +204,12 @@ class _Ranks:
 
     def _report(self, rank: int) -> Path:
         return self._reports / f"rank-{rank}.json"
+
+
+def _begin_rank(launcher: int) -> None:
+    """Between fork and exec, so that no moment is left in which a warning would end the rank."""
+    hold_warning()
+    die_with(launcher)
 
 
 def _how_it_ended(code: int) -> str:

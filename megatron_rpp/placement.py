@@ -12,9 +12,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Literal
 
-from megatron_rpp.dist.collectives import gather_objects
-from megatron_rpp.dist.groups import Groups
-from megatron_rpp.errors import EngineError, RppError, StaleWeightsError
+from megatron_rpp.dist.agreement import raise_together
+from megatron_rpp.errors import RppError, StaleWeightsError
 from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.rollout.engine import Engine
 from megatron_rpp.rollout.memory import Bucket
@@ -23,19 +22,6 @@ from megatron_rpp.weights.live import LiveWeights
 
 Phase = Literal["idle", "rollout", "training", "publish"]
 Load = Callable[[Bucket], None]
-
-
-def raise_together(error: RppError | None, *, groups: Groups, what: str, deadline_s: float) -> None:
-    """Every rank learns of any rank's error and stops with the same message, so that nobody waits for a peer that left.
-
-    Raises: the local error where there is one; otherwise EngineError with the first failing rank's message.
-    """
-    found = gather_objects(None if error is None else str(error), groups.world_cpu, name=what, deadline_s=deadline_s)
-    if error is not None:
-        raise error
-    for rank, report in enumerate(found):
-        if report is not None:
-            raise EngineError(f"{what} failed on rank {rank}: {report}", fix=f"see logs/rank-{rank}.log in the run directory")
 
 
 class Colocated:

@@ -14,6 +14,7 @@ import torch
 import megatron_rpp_patches
 from megatron_rpp.config.load import dump
 from megatron_rpp.config.schema import Config
+from megatron_rpp.dist.agreement import raise_together
 from megatron_rpp.dist.collectives import broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.dist.world import World
@@ -22,7 +23,6 @@ from megatron_rpp.mcore import init
 from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.observe.log import RunLog
 from megatron_rpp.observe.rundir import RunDir, versions
-from megatron_rpp.placement import raise_together
 from megatron_rpp.resume import complete_steps, settings_digest
 from megatron_rpp.weights.families.registry import describe
 from megatron_rpp.weights.hf_io import open_hf, read_json
@@ -58,8 +58,11 @@ class Process:
         """Of the settings that the numbers depend on."""
         return settings_digest(asdict(self.cfg))
 
-    def together(self, what: str, call: Callable[[], None], *, here: bool) -> None:
-        """Run `call` where `here` is True while the other ranks wait; what goes wrong on one rank is raised on all."""
+    def together(self, what: str, call: Callable[[], None], *, here: bool, longest_s: float = 0.0) -> None:
+        """Run `call` where `here` is True while the other ranks wait; what goes wrong on one rank is raised on all.
+
+        Units: longest_s, the deadline that `call` itself keeps, in seconds.
+        """
         error: RppError | None = None
         if here:
             try:
@@ -68,7 +71,7 @@ class Process:
                 error = raised
             except OSError as raised:
                 error = CheckpointError(f"the file system refused: {raised}", where=what)
-        raise_together(error, groups=self.groups, what=what, deadline_s=self.deadline_s)
+        raise_together(error, groups=self.groups, what=what, deadline_s=longest_s + self.deadline_s)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from megatron_rpp.placement import Colocated
 from megatron_rpp.process import Process, open_policy, open_process
 from megatron_rpp.resume import RunState, begin_save, commit_save, drop_later, partial_dir, read_state, step_dir
 from megatron_rpp.rollout.request import Sampling
+from megatron_rpp.signals import take_warning
 from megatron_rpp.stats.moments import whiten
 from megatron_rpp.types import Group, PackedBatch, UpdateStats
 
@@ -71,11 +71,9 @@ class Session:
         self.dp_rank, self.dp_size = self.groups.coords.dp, self.groups.dp_size
         self.normaliser = partial(whiten, group=self.groups.dp, deadline_s=process.deadline_s)
         self._sampling = Sampling(max_tokens=cfg.rollout.max_response_tokens, temperature=cfg.rollout.temperature, top_p=cfg.rollout.top_p)
-        longest_s = cfg.reward.timeout_s * max(1, cfg.rollout.prompts_per_step * cfg.rollout.samples_per_prompt // cfg.reward.num_workers)
-        self._collector = Collector(self.groups, sampler.rollouts, sampler.pool, process.deadline_s, longest_s + process.deadline_s)
+        self._collector = Collector(cfg, self.groups, sampler.rollouts, sampler.pool)
         self._prompts: PromptStream | None = None
         self._held_out: PromptSet | None = None
-        self._asked_to_stop = False
         self._saved_step = -1
 
     @classmethod
@@ -94,8 +92,7 @@ class Session:
                 session = cls(process, sampler, policy, ref, place)
                 session._read_prompts(tokenizer)
                 await_engines(process, sampler)
-                with session._listening():
-                    yield session
+                yield session
 
     def _read_prompts(self, tokenizer) -> None:
         data = self.cfg.data
@@ -138,32 +135,23 @@ class Session:
         self.log.say(f"going on from step {step} ({where})")
         return step
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """SIGUSR1 (Slurm's warning before the time limit) asks for a checkpoint and an orderly end after the current step."""
-
-        def note(*_: object) -> None:
-            self._asked_to_stop = True
-
-        before = signal.signal(signal.SIGUSR1, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGUSR1, before)
-
     def is_asked_to_stop(self, step: int) -> bool:
-        """Whether any rank was told to stop. Collective, so that all stop after the same step."""
-        flags = gather_objects(self._asked_to_stop, self.groups.world_cpu, name="asked to stop?", deadline_s=self.process.deadline_s)
+        """Whether Slurm warned any rank of the time limit, since the run began. Collective, so that all stop after the same step."""
+        flags = gather_objects(take_warning(), self.groups.world_cpu, name="asked to stop?", deadline_s=self.process.deadline_s)
         is_asked = any(flags)
         if is_asked:
             self.log.say(f"asked to stop after step {step}: saving, then ending")
         return is_asked
 
     def finish(self, step: int) -> None:
-        """The last checkpoint and the last evaluation, where they have not been made."""
-        self._evaluate_once(step)
+        """The last checkpoint and, after the last step, the last evaluation, where they have not been made.
+
+        The checkpoint comes first: a run that was told to stop has little time, and one that goes on evaluates where it would have.
+        """
         if step not in (self._saved_step, 0):
             self._save(step)
+        if step == self.cfg.run.steps:
+            self._evaluate_once(step)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 

@@ -31,8 +31,12 @@ class HfShape:
 
     @property
     def num_parameters(self) -> int:
-        """Matrices and norms of a dense Llama-like decoder of these sizes; Qwen2's biases and Qwen3's head norms (< 0.1 %) left out."""
+        """Weights of a Llama, Qwen2 or Qwen3 of these sizes, all of them; a tied embedding counts once."""
         attention = self.hidden * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        if self.model_type == "qwen2":
+            attention += self.head_dim * (self.num_heads + 2 * self.num_kv_heads)  # biases of q, k and v
+        elif self.model_type == "qwen3":
+            attention += 2 * self.head_dim  # norms of q and k, one for all heads
         layer = attention + 3 * self.hidden * self.ffn + 2 * self.hidden
         return self.vocab * self.hidden * (1 if self.is_tied else 2) + self.num_layers * layer + self.hidden
 

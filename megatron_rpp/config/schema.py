@@ -81,6 +81,7 @@ class Rollout:
     top_p: float = 1.0
     max_concurrent: int = 128  # requests in flight at one engine
     start_deadline_s: float = 600.0
+    deadline_s: float = 7200.0  # all responses of one step; an engine silent for run.deadline_s is given up before
     sglang: dict[str, Scalar] = field(default_factory=dict)  # any ServerArgs field
 
 

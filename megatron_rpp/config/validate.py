@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rpp.config.geometry import Geometry, HfShape, derive, has_even_layers, num_ranks, read_hf_shape
+from megatron_rpp.config.options import option_problems
 from megatron_rpp.config.problems import Problem, refuse
 from megatron_rpp.config.schema import Config
 from megatron_rpp.errors import ConfigError, GeometryError
@@ -43,7 +44,8 @@ def validate(
     Raises: ConfigError, or GeometryError when only layouts are wrong, with one line for each broken rule.
     """
     lines = lines or {}
-    problems = [*_bounds(cfg), *_ranges(cfg), *_without_effect(cfg), *_inputs(cfg), *(_sft(cfg) if for_sft else ())]
+    problems = [*_bounds(cfg), *_ranges(cfg), *_without_effect(cfg), *_inputs(cfg), *option_problems(cfg)]
+    problems += _sft(cfg) if for_sft else ()
     hf: HfShape | None = None
     try:
         hf = read_hf_shape(cfg.model.hf)
@@ -85,7 +87,15 @@ _AT_LEAST_0 = (
         "sft.warmup_steps",
     ),
 )
-_ABOVE_0 = ("run.deadline_s", "reward.timeout_s", "rollout.temperature", "rollout.start_deadline_s", "optim.eps", "observe.mismatch_alarm")
+_ABOVE_0 = (
+    "run.deadline_s",
+    "reward.timeout_s",
+    "rollout.temperature",
+    "rollout.start_deadline_s",
+    "rollout.deadline_s",
+    "optim.eps",
+    "observe.mismatch_alarm",
+)
 
 
 def _get(cfg: Config, name: str) -> Any:
@@ -221,11 +231,11 @@ def _model(cfg: Config, hf: HfShape) -> Iterator[Problem]:
             yield Problem(name, f"the feed-forward width {hf.ffn} does not divide by {tp}")
     responses = {
         "rollout.max_response_tokens": cfg.rollout.max_response_tokens,
-        "eval.max_response_tokens": cfg.eval.max_response_tokens or 0,
+        "eval.max_response_tokens": cfg.eval.max_response_tokens,  # None: as long as those of the roll-out
     }
     for name, tokens in responses.items():
-        longest = cfg.data.max_prompt_tokens + tokens
-        if longest > hf.max_positions:
+        longest = cfg.data.max_prompt_tokens + (tokens or 0)
+        if tokens is not None and longest > hf.max_positions:
             message = f"{tokens} after data.max_prompt_tokens {cfg.data.max_prompt_tokens} makes {longest} tokens"
             yield Problem(name, f"{message}, the model has {hf.max_positions} positions")
 

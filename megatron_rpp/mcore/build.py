@@ -20,35 +20,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_rpp.config.options import OWNED_MEGATRON
 from megatron_rpp.config.schema import Config, Parallel, Scalar
 from megatron_rpp.errors import ConfigError, GeometryError
 from megatron_rpp.mcore.hf_config import HfModel, inv_freq
 from megatron_rpp.mcore.logp_model import LogpModel
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-# TransformerConfig fields that have one home already, and where that is.
-_OWNED = {
-    "tensor_model_parallel_size": "parallel.tp",
-    "pipeline_model_parallel_size": "parallel.pp",
-    "virtual_pipeline_model_parallel_size": "parallel.vpp",
-    "context_parallel_size": "parallel.cp",
-    "sequence_parallel": "parallel.sp",
-    "params_dtype": "model.dtype",
-    "pipeline_dtype": "model.dtype",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    **dict.fromkeys(
-        ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon"),
-        "config.json in model.hf",
-    ),
-    **dict.fromkeys(
-        ("normalization", "gated_linear_unit", "activation_func", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
-        "config.json in model.hf",
-    ),
-    "calculate_per_token_loss": "nowhere: the loss is always a token sum over the tokens of the optimiser step",
-    "variable_seq_lengths": "nowhere: packed micro-batches always differ in length",
-}
 
 # Fields by which a user splits the layers unevenly; Megatron then checks the arithmetic.
 _UNEVEN = (
@@ -189,8 +167,8 @@ def _overrides(given: dict[str, Scalar]) -> dict[str, Any]:
     values = {}
     for name, value in given.items():
         where = f"model.megatron.{name}"
-        if name in _OWNED:
-            raise ConfigError("this is set elsewhere", where=where, fix=f"set it in {_OWNED[name]}")
+        if name in OWNED_MEGATRON:
+            raise ConfigError("this cannot be set here", where=where, fix=OWNED_MEGATRON[name])
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3)
             fix = f"did you mean {' or '.join(close)}?" if close else "see TransformerConfig of the installed megatron-core"

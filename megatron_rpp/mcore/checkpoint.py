@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_save_shar
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rpp.dist.collectives import barrier, broadcast_object, gather_objects
+from megatron_rpp.dist.collectives import DEFAULT_DEADLINE_S, barrier, broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.mcore.hf_config import HfModel
@@ -45,14 +45,23 @@ Fingerprint = dict[str, int]
 _BROKEN = (CheckpointingException, CheckpointException, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 
 
-def save(directory: Path, hf: HfModel, chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Groups) -> None:
+def save(
+    directory: Path,
+    hf: HfModel,
+    chunks: Sequence[LogpModel],
+    optimizer: Optimizer,
+    groups: Groups,
+    *,
+    deadline_s: float = DEFAULT_DEADLINE_S,
+) -> None:
     """Write everything that training needs to continue. Collective; returns when all files of all ranks are written.
 
     directory: on a file system that all ranks see; empty or absent. Give it a temporary name and rename it afterwards.
+    deadline_s: longest wait for a peer. Raises: DeadlineError.
     """
     if groups.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
-    barrier(groups.world_cpu, name="checkpoint directory")
+    barrier(groups.world_cpu, name="checkpoint directory", deadline_s=deadline_s)
     state = _sharded_state(chunks, optimizer, groups, is_loading=False)
     state["rng"] = _sharded_rng(groups)
     state["header"] = _header(hf, chunks, optimizer, groups)
@@ -61,23 +70,33 @@ def save(directory: Path, hf: HfModel, chunks: Sequence[LogpModel], optimizer: O
         # replicas share the writing, where each by itself would leave all of it to the first
         strategy = FullyParallelSaveStrategyWrapper(strategy, groups.dp_cp)
     dist_checkpointing.save(state, str(directory), strategy)
-    barrier(groups.world_cpu, name="checkpoint files")
+    barrier(groups.world_cpu, name="checkpoint files", deadline_s=deadline_s)
     names = sorted(path.name for path in directory.iterdir())
     fingerprints: dict[str, Fingerprint] = {}
-    for share in gather_objects({name: _fingerprint(directory / name) for name in _mine(names, groups)}, groups.world_cpu):
+    mine = {name: _fingerprint(directory / name) for name in _mine(names, groups)}
+    for share in gather_objects(mine, groups.world_cpu, name="checkpoint checksums", deadline_s=deadline_s):
         fingerprints |= share
     if groups.rank == 0:
         (directory / MANIFEST).write_text(json.dumps(fingerprints, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    barrier(groups.world_cpu, name="checkpoint manifest")
+    barrier(groups.world_cpu, name="checkpoint manifest", deadline_s=deadline_s)
 
 
-def load(directory: Path, hf: HfModel, chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Groups) -> None:
+def load(
+    directory: Path,
+    hf: HfModel,
+    chunks: Sequence[LogpModel],
+    optimizer: Optimizer,
+    groups: Groups,
+    *,
+    deadline_s: float = DEFAULT_DEADLINE_S,
+) -> None:
     """Read what `save` wrote, in this or another layout of the same model. Collective.
 
     The random states are restored only on the layout that saved them: they belong to ranks, not to the model.
-    Raises: CheckpointError, on every rank, when the directory is missing, incomplete, damaged, or of another model or precision.
+    Raises: CheckpointError, on every rank, when the directory is missing, incomplete, damaged, or of another model or precision;
+    DeadlineError when a peer does not come in deadline_s.
     """
-    _check_files(directory, groups)
+    _check_files(directory, groups, deadline_s)
     with _reading(directory):
         header = dist_checkpointing.load_common_state_dict(str(directory))["header"]
     wanted = _header(hf, chunks, optimizer, groups)
@@ -107,7 +126,7 @@ def _sharded_state(chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Gr
     model = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)}
     return {
         **model,
-        "optimizer": optimizer.inner.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+        "optimizer": optimizer.sharded_state(model, metadata, is_loading=is_loading),
         "scheduler": optimizer.scheduler.state_dict(),
     }
 
@@ -149,16 +168,17 @@ def _differences(wanted: Any, got: Any) -> tuple[Any, Any]:
     return {name: wanted[name] for name in names}, {name: got.get(name) for name in names}
 
 
-def _check_files(directory: Path, groups: Groups) -> None:
+def _check_files(directory: Path, groups: Groups, deadline_s: float) -> None:
     """Compare every file with the list, so that damage is found before anything is overwritten: Megatron checks no checksums.
 
     Each rank reads a share of the files. Raises: CheckpointError, the same on every rank.
     """
-    manifest = broadcast_object(_read_manifest(directory) if groups.rank == 0 else None, groups.world_cpu, name="checkpoint manifest")
+    manifest = _read_manifest(directory) if groups.rank == 0 else None
+    manifest = broadcast_object(manifest, groups.world_cpu, name="checkpoint manifest", deadline_s=deadline_s)
     errors: list[str | None] = [manifest] if isinstance(manifest, str) else []
     if not errors:
         mine = [_damage(directory / name, manifest[name]) for name in _mine(sorted(manifest), groups)]
-        errors = gather_objects(next(filter(None, mine), None), groups.world_cpu, name="checkpoint files")
+        errors = gather_objects(next(filter(None, mine), None), groups.world_cpu, name="checkpoint files", deadline_s=deadline_s)
     for error in filter(None, errors):
         raise CheckpointError(error, where=str(directory), fix="continue from an older one")
 

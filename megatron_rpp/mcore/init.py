@@ -6,7 +6,6 @@ reason the modules beside this one that import megatron are themselves imported 
 
 from __future__ import annotations
 
-import math
 import random
 import warnings
 from datetime import timedelta
@@ -21,6 +20,10 @@ from megatron_rpp.dist.groups import Groups
 from megatron_rpp.dist.layout import coords_of, world_size_of
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import ConfigError, GeometryError
+
+# Waits on the group of objects are named and bounded by whoever waits, some for hours (a roll-out). Gloo stops at the lower
+# of that and the group's own limit, so that one must never be the lower.
+_UNBOUNDED = timedelta(days=365)
 
 
 def start(cfg: Config, world: World) -> Groups:
@@ -108,7 +111,7 @@ def _init_parallel_state(parallel: Parallel, deadline_s: float) -> None:
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
-        distributed_timeout_minutes=math.ceil(deadline_s / 60),
+        distributed_timeout_minutes=deadline_s / 60,  # a timedelta's argument: whole minutes would make a deadline of 5 s a minute
     )
 
 
@@ -136,7 +139,7 @@ def _groups(parallel: Parallel, world: World, timeout: timedelta) -> Groups:
     return Groups(
         coords=coords,
         world=dist.group.WORLD,
-        world_cpu=dist.new_group(backend="gloo", timeout=timeout),
+        world_cpu=dist.new_group(backend="gloo", timeout=_UNBOUNDED),
         dp=parallel_state.get_data_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tp=parallel_state.get_tensor_model_parallel_group(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -98,6 +99,23 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.inner.zero_grad()
 
+    def sharded_state(self, model: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+        """Megatron's sharded state dict, complete at step 0 too. model: that of the chunks. Collective.
+
+        Adam makes its moments in its first step. They are made here as it would, zeros and step 0, because a load asks for them.
+        """
+        parts = self.inner.chained_optimizers
+        for part in parts:
+            part.init_state_fn(part.optimizer, part.config)
+            for moments in _torch_moments(part):
+                moments.setdefault("step", torch.tensor(0.0))
+        state = self.inner.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        if not self.is_distributed:
+            for part, content in zip(parts, [state] if len(parts) == 1 else state.values(), strict=True):
+                if _torch_moments(part):  # Megatron leaves a step of 0 out, without which torch's Adam refuses the moments
+                    content.get("optimizer", content)["state"].setdefault("common_step", torch.tensor(0.0))
+        return state
+
     @torch.no_grad()
     def step(self) -> StepResult:
         """Clip the finished gradients and move the weights, unless the gradient's norm is not finite. Collective."""
@@ -111,6 +129,11 @@ class Optimizer:
             clip_grad_by_total_norm_fp32(self.inner.get_parameters(), max_norm=self._clip_grad, total_norm=grad_norm)
         self.inner.step_with_ready_grads()
         return StepResult(grad_norm, lr, is_finite=True)
+
+
+def _torch_moments(part: MegatronOptimizer) -> list[dict[str, Any]]:
+    """The state of each parameter in torch's AdamW, which counts steps there; fused Adams count in their parameter groups."""
+    return list(part.optimizer.state.values()) if isinstance(part.optimizer, torch.optim.AdamW) else []
 
 
 def _check(optim: Optim, total_steps: int) -> None:

@@ -165,14 +165,14 @@ class Policy:
         from megatron_rpp.mcore.checkpoint import save
 
         with self._wait("save of a checkpoint"):
-            save(directory, self.hf, self.chunks, self._trained(), self.groups)
+            save(directory, self.hf, self.chunks, self._trained(), self.groups, deadline_s=self._deadline_s)
 
     def load(self, directory: Path) -> None:
         """Continue from what `save` wrote: bit for bit on the same layout. Raises: CheckpointError, on every rank."""
         from megatron_rpp.mcore.checkpoint import load
 
         with self._wait("load of a checkpoint"):
-            load(directory, self.hf, self.chunks, self._trained(), self.groups)
+            load(directory, self.hf, self.chunks, self._trained(), self.groups, deadline_s=self._deadline_s)
 
     def _trained(self) -> Optimizer:
         assert self.optimizer is not None, "a frozen reference has no optimizer"

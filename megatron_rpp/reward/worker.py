@@ -7,11 +7,9 @@ with it. Standard library only, besides what the reward itself imports, so that 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
 import resource
-import signal
 import socket
 import sys
 
@@ -19,9 +17,9 @@ from megatron_rpp.errors import RewardError
 from megatron_rpp.reward import registry
 from megatron_rpp.reward.base import RewardFn, RewardInput
 from megatron_rpp.reward.channel import Channel
+from megatron_rpp.signals import die_with
 
 MAX_REASON_CHARS = 500
-_PR_SET_PDEATHSIG = 1
 
 
 def judge(reward: RewardFn, item: RewardInput) -> dict[str, object]:
@@ -44,12 +42,6 @@ def _describe(error: BaseException) -> str:
     return text[:MAX_REASON_CHARS]
 
 
-def _die_with_parent(parent_pid: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above
-        os._exit(1)
-
-
 def _limit_memory(allowance: int) -> None:
     """Cap the address space at what the loaded reward uses now plus the allowance, so that big imports cost nothing."""
     with open("/proc/self/statm", encoding="ascii") as statm:
@@ -60,8 +52,7 @@ def _limit_memory(allowance: int) -> None:
 
 def main() -> None:
     fd, parent_pid, memory_bytes = (int(text) for text in sys.argv[1:4])
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm warns every process of a task before the time limit; the trainer heeds it
-    _die_with_parent(parent_pid)
+    die_with(parent_pid)
     os.dup2(2, 1)  # what a verifier prints must not reach a stdout that carries results
     channel = Channel(socket.socket(fileno=fd))
     try:

@@ -61,6 +61,7 @@ class Engine:
         self.beat: Beat | None = None
         self._launched = self._progress = time.monotonic()  # _progress: when tokens were last known to come
         self._dead: str | None = None
+        self._released: set[str] = set()
         self._ids = 0
         self._replies: dict[int, dict[str, Any]] = {}
         self._finished: list[Completion] = []
@@ -240,12 +241,15 @@ class Engine:
         """Give accelerator memory back: "kv_cache", "weights". Does nothing on a CPU, which has no memory saver."""
         if self.settings.device == "cuda":
             self._call("release", UPDATE_S, tags=list(tags))
+            self._released |= set(tags)
             self.version = None if "weights" in tags else self.version
 
     def resume(self, *tags: str) -> None:
-        """Take released memory again; weights come back empty and need an update. Does nothing on a CPU."""
-        if self.settings.device == "cuda":
-            self._call("resume", UPDATE_S, tags=list(tags))
+        """Take released memory again; weights come back empty and need an update. Does nothing for what was not released."""
+        held = [tag for tag in tags if tag in self._released]
+        if held:  # SGLang fails on a tag that it never paused, as before the first publish
+            self._call("resume", UPDATE_S, tags=held)
+            self._released -= set(held)
 
     def checksum(self) -> list[dict[str, int]]:
         """For each rank of the engine, a checksum of the bits of every parameter under SGLang's name for it."""

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from megatron_rpp.errors import DeadlineError, EngineError
+from megatron_rpp.errors import DeadlineError, EngineError, RppError
 from megatron_rpp.rollout.engine import POLL_S, Engine
 from megatron_rpp.rollout.ledger import Key, Ledger
 from megatron_rpp.rollout.queue import WorkQueue
@@ -27,7 +27,7 @@ OnResponse = Callable[[Prompt, Response], None]
 class RolloutLimits:
     """How long things may take. total_s: one whole `generate`; quiet_s: an engine or another leader without any progress."""
 
-    total_s: float = 3600.0
+    total_s: float = 7200.0
     quiet_s: float = 900.0
 
 
@@ -86,7 +86,7 @@ class Rollouts:
         earlier, interrupted call of that name finished at this version is not sampled again.
         on_response: told of each response as soon as it is there, while others are still being decoded.
         Returns: the responses in order of (prompt, sample); empty on a rank without an engine. See `assemble`.
-        Raises: StaleWeightsError, EngineError, DeadlineError.
+        Raises: StaleWeightsError, EngineError, DeadlineError; EngineError too, within seconds, when another leader gave up.
         """
         if self.engine is None:
             return []
@@ -96,12 +96,19 @@ class Rollouts:
             prompts, step, version, samples_per_prompt, sampling, on_response, name, known, _first_samples(prompts, samples_per_prompt)
         )
         self.queue.open(len(prompts))
+        try:
+            self._run(call)
+        except RppError as error:
+            self.queue.give_up(str(error))  # the other leaders would wait for this one's prompts
+            raise
+        return [response for _, response in sorted(call.responses, key=lambda entry: (entry[0], entry[1].sample))]
+
+    def _run(self, call: _Call) -> None:
         is_empty = False
         while call.missing or not is_empty:
             is_empty = is_empty or self._fill(call)
             self._collect(call)
         self.queue.wait(self._limits.quiet_s)
-        return [response for _, response in sorted(call.responses, key=lambda entry: (entry[0], entry[1].sample))]
 
     def _fill(self, call: _Call) -> bool:
         """Claim prompts while the engine has room for all samples of one more, or nothing to do. Whether the queue is empty."""
@@ -171,7 +178,7 @@ class Rollouts:
             where=f"generate {call.name} on {self.engine.name}",
             expected=f"{len(call.prompts)} prompts, {call.samples} responses to each",
             got=f"{len(call.missing)} of this engine's prompts unfinished ({waiting}); {self.engine.describe_beat()}",
-            fix="lower rollout.max_response_tokens or rollout.prompts_per_step, or raise run.deadline_s",
+            fix="lower rollout.max_response_tokens or rollout.prompts_per_step, or raise rollout.deadline_s",
         )
 
 

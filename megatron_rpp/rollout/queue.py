@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
@@ -54,18 +54,27 @@ class WorkQueue:
         with self._asking("report a prompt as done"):
             self._store.add(f"{self._round}/done", 1)
 
+    def give_up(self, reason: str) -> None:
+        """Tell the other leaders that this one will not finish its items. Silent when the store is gone: then they know."""
+        with suppress(DistError):
+            self._store.set("gave-up", f"leader {self.leader}: {reason}")
+
     def beat(self, doing: str) -> None:
-        """Tell the other leaders that this one lives, at most once a second."""
+        """Tell the other leaders that this one lives, at most once a second.
+
+        Raises: EngineError when another leader gave up, or when the store is gone.
+        """
         if time.monotonic() - self._last_beat > BEAT_EVERY_S:
             with self._asking("beat"):
                 self._heartbeat.beat(doing)
+                self._check_given_up()
             self._last_beat = time.monotonic()
 
     def wait(self, silence_s: float) -> None:
         """Return when every item is done.
 
         silence_s: how long another leader may be silent before it is given up; one that beats may take as long as it needs.
-        Raises: DeadlineError naming the silent leader and what it was doing; EngineError when the store is gone.
+        Raises: DeadlineError naming the silent leader and what it was doing; EngineError when one gave up or the store is gone.
         """
         start = time.monotonic()
         while True:
@@ -75,6 +84,11 @@ class WorkQueue:
                 self._check_peers(silence_s, time.monotonic() - start)
             self.beat("waiting for the other leaders")
             time.sleep(WAIT_EVERY_S)
+
+    def _check_given_up(self) -> None:
+        if self._store.check(["gave-up"]):
+            reason = self._store.get("gave-up").decode()
+            raise EngineError("another engine gave up", where=f"leader {self.leader}", got=reason, fix="see the log of that leader")
 
     def _check_peers(self, silence_s: float, waited_s: float) -> None:
         for peer in range(self.num_leaders):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import os
 import pickle
 import socket
@@ -19,11 +20,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_rpp.dist.world import FIRST_PORT, NUM_PORTS
+
 # Importing torch is most of a spawned process's life. A server that has imported it, and nothing else, is forked instead.
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
 # How long the others may go on once one rank has failed: usually they fail too, and their words help.
 GRACE_S = 5.0
+_TURNS = itertools.count()  # its next() is one step even among threads
+_PORTS_APART = 101  # of processes with neighbouring ids, which often run together; coprime to NUM_PORTS
 
 
 class RankError(AssertionError):
@@ -135,6 +140,17 @@ def _one_thread() -> Iterator[None]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on now, below the range that outgoing connections take theirs from.
+
+    A rank listens seconds after the port was looked for, and until then nothing shows that it is taken: so no other call of
+    this process gets it before all others had their turn, and other processes begin elsewhere.
+    """
+    for _ in range(NUM_PORTS):
+        port = FIRST_PORT + (os.getpid() * _PORTS_APART + next(_TURNS)) % NUM_PORTS
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError(f"no free port from {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1} on this host")

@@ -96,6 +96,15 @@ def await_record(run_dir: Path, step: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.02)
 
 
+def await_file(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until the run has written a file."""
+    limit = time.monotonic() + LIMIT_S
+    while not path.exists():
+        assert process.poll() is None, f"the run ended before it wrote {path}"
+        assert time.monotonic() < limit, f"no {path} after {LIMIT_S} s"
+        time.sleep(0.02)
+
+
 def processes_of(run_dir: Path) -> list[str]:
     """Command lines of living processes that name the run directory, or have a file in it or its output open."""
     found = []

@@ -73,6 +73,29 @@ def test_sigusr1_saves_and_ends_and_the_run_goes_on_later(yaml: Path, uninterrup
     assert resumed.column("score/mean") == uninterrupted.column("score/mean")
 
 
+def test_a_warning_while_the_run_is_starting_ends_it_before_its_first_step(yaml: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "warned-early"
+    with runs.training(yaml, run_dir, "eval.every=0") as process:
+        runs.await_file(run_dir / "config.yaml", process)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=runs.LIMIT_S) == 0
+    assert "asked to stop after step 0" in run_dir.with_suffix(".out").read_text()
+    assert not runs.processes_of(run_dir)
+
+
+def test_torchrun_starts_a_run_and_the_engine_follows_the_policy_for_twenty_updates(yaml: Path, tmp_path: Path) -> None:
+    """Seen through the tokens of every step: all 20 published versions are the policy's weights, none lags or drifts."""
+    torchrun = ("--nproc-per-node=2", "--standalone", "-m", "megatron_rpp")
+    words = (f"run.dir={tmp_path / 'run'}", "run.steps=20", "rollout.prompts_per_step=4", "algo.minibatches=1", "eval.every=0")
+    code, output = runs.rpp(*torchrun, "train", str(yaml), *words, module="torch.distributed.run")
+    assert code == 0, output
+    run = runs.Finished(tmp_path / "run", code, output)
+    assert [record["step"] for record in run.records("step")] == list(range(1, 21))
+    assert min(run.column("policy/grad_norm")) > 0
+    assert max(run.column("mismatch/max_abs")) <= 1e-4
+    assert "rank-1.log" in {path.name for path in (run.dir / "logs").iterdir()}
+
+
 @pytest.mark.parametrize(
     "layout",
     [("parallel.tp=1", "parallel.pp=2"), ("parallel.tp=2", "parallel.pp=2"), ("parallel.tp=1", "parallel.dp=2", "rollout.engines=2")],

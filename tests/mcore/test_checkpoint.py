@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,38 @@ def test_an_unsharded_optimizer_continues_bit_for_bit(hf_root: Path, tmp_path: P
     )[0]
     assert resumed_stats == stats
     assert all(torch.equal(resumed_weights[name], weight) for name, weight in weights.items())
+
+
+def _from_the_start(rank: int, hf: Path, dtype: str, is_distributed: bool, sizes: dict[str, int], directory: Path) -> dict[str, Any]:
+    """Two steps of a run that never saves, of one that saves before them, and of one that starts from what that saved."""
+    cfg = tiny.make_config(hf, optim=dict(distributed=is_distributed), **sizes)
+    cfg = replace(cfg, model=replace(cfg.model, dtype=dtype))
+    found = {}
+    with tiny.megatron(cfg) as groups:
+        policies = {name: tiny.open_policy(cfg, groups) for name in ("never saves", "saves", "resumes")}
+        policies["saves"].save(directory)
+        _train(policies["resumes"], cfg, groups, range(7, 8))  # what a load must wipe out: moments, steps, weights
+        policies["resumes"].load(directory)
+        for name, policy in policies.items():
+            found[name] = (_train(policy, cfg, groups, range(2)), [tensor.detach() for _, _, tensor in policy.named_local()])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_distributed", "sizes"),
+    [("float32", False, dict(dp=2)), ("bfloat16", False, dict(tp=2)), ("float32", True, dict(dp=2))],
+    ids=["float32", "bfloat16", "distributed"],
+)
+def test_a_checkpoint_from_before_the_first_step_starts_the_same_run(
+    dtype: str, is_distributed: bool, sizes: dict[str, int], hf_root: Path, tmp_path: Path
+) -> None:
+    for found in run_ranks(
+        2, _from_the_start, hf_root / "qwen3", dtype, is_distributed, sizes, tmp_path / "c", init=False, timeout_s=TIMEOUT_S
+    ):
+        stats, weights = found["never saves"]
+        for name in ("saves", "resumes"):
+            assert found[name][0] == stats, name
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[name][1], weights, strict=True)), name
 
 
 def _refusals(rank: int, root: Path, directory: Path, scratch: Path) -> dict[str, str]:

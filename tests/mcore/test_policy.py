@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,42 @@ def _abandon(rank: int, hf: Path) -> str:
 def test_a_peer_that_left_ends_the_step_with_its_name(hf_root: Path) -> None:
     said = run_ranks(2, _abandon, hf_root / "qwen3", init=False, timeout_s=150.0)[0]
     assert "wait 'optimiser step'" in said and "rank 0" in said
+
+
+# Ranks of a busy host start seconds apart, and meet within the deadline too.
+HANG_DEADLINE_S = 8.0
+# The work before the wait. With the deadline it stays below a minute, the unit that Megatron wants its limit in.
+HANG_MARGIN_S = 30.0
+
+
+def _hang(rank: int, hf: Path, sizes: dict[str, int], scratch: Path) -> dict[str, tuple[float, str]]:
+    """Rank 1 stays alive and connected and does nothing, while rank 0 waits for it in a step and then in a save."""
+    cfg = tiny.make_config(hf, **sizes)
+    cfg = replace(cfg, run=replace(cfg.run, deadline_s=HANG_DEADLINE_S))
+    with tiny.megatron(cfg) as groups:
+        policy = tiny.open_policy(cfg, groups)
+        batch, adv_T = tiny.make_batch(tiny.make_groups(), groups.coords.dp, groups.dp_size)
+        if rank == 1:
+            while not (scratch / "done").exists():
+                time.sleep(0.1)
+            return {}
+        said = {}
+        for name, wait in {
+            "update": lambda: policy.update(batch, adv_T, cfg.algo, objective=tiny.surrogate),
+            "save": lambda: policy.save(scratch / "checkpoint"),
+        }.items():
+            start = time.monotonic()
+            with pytest.raises(DeadlineError) as error:
+                wait()
+            said[name] = (time.monotonic() - start, str(error.value))
+        (scratch / "done").touch()
+        return said
+
+
+@pytest.mark.parametrize("sizes", [dict(tp=2), dict(pp=2), dict(dp=2)], ids=["tp", "pp", "dp"])
+def test_a_peer_that_hangs_ends_the_wait_by_name_at_the_deadline(sizes: dict[str, int], hf_root: Path, tmp_path: Path) -> None:
+    said = run_ranks(2, _hang, hf_root / "qwen3", sizes, tmp_path, init=False, timeout_s=150.0)[0]
+    for wait, name in {"update": "optimiser step", "save": "checkpoint directory"}.items():
+        elapsed_s, message = said[wait]
+        assert f"wait '{name}': rank 0 waited longer than {HANG_DEADLINE_S:g} s" in message
+        assert HANG_DEADLINE_S - 0.5 < elapsed_s < HANG_DEADLINE_S + HANG_MARGIN_S

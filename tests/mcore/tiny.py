@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rpp.config.schema import Algo, Config, Data, Model, Optim, Parallel, Run
 from megatron_rpp.data.packing import pack_groups
 from megatron_rpp.dist.groups import Groups
-from megatron_rpp.dist.world import FIRST_PORT, NUM_PORTS, World
+from megatron_rpp.dist.world import World
 from megatron_rpp.types import Group, PackedBatch, Prompt, Response
 from tests.mcore.hf import transformers as import_transformers
 
@@ -112,9 +112,7 @@ def megatron(cfg: Config) -> Iterator[Groups]:
     """A Megatron rank inside `run_ranks(..., init=False)`."""
     from megatron_rpp.mcore.init import start, stop
 
-    world = World.from_env()
-    # The port was free when the parent looked, seconds ago. Below the ephemeral range no outgoing connection has taken it since.
-    groups = start(cfg, replace(world, master_port=FIRST_PORT + world.master_port % NUM_PORTS))
+    groups = start(cfg, World.from_env())
     try:
         yield groups
     finally:

@@ -180,6 +180,37 @@ def _poll_for_ever(engine: Engine) -> None:
         engine.poll(0.5)
 
 
+def test_a_leader_whose_prompts_will_never_come_is_told_so_while_it_still_decodes(engine: Engine, second_engine: Engine) -> None:
+    """The second leader fails on its first response; the first has work for much longer than it takes to hear of it."""
+    host = open_store("127.0.0.1", 0, is_host=True, deadline_s=10)
+    guest = open_store("127.0.0.1", host.port, is_host=False, deadline_s=10)
+    errors: dict[int, EngineError] = {}
+
+    def fail(prompt: Prompt, response: Response) -> None:
+        raise EngineError("the engine's process ended")
+
+    def lead(leader: int, engine: Engine, store: object) -> None:
+        rollouts = _rollouts(engine, WorkQueue(store, leader=leader, num_leaders=2))
+        try:
+            _generate(rollouts, _prompts(24), **({"on_response": fail} if leader == 1 else {}))
+        except EngineError as error:
+            errors[leader] = error
+
+    threads = [
+        threading.Thread(target=lead, args=(i, each, store)) for i, (each, store) in enumerate(((engine, host), (second_engine, guest)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for each in (engine, second_engine):  # both gave up in the middle
+        each.abort()
+        while each.in_flight:
+            each.poll(1)
+    assert errors[1].what == "the engine's process ended"
+    assert "leader 1: the engine's process ended" in str(errors[0])
+
+
 def test_death_while_decoding_is_told_within_seconds_with_the_end_of_the_log(second_engine: Engine) -> None:
     engine = second_engine
     engine.submit([Request(f"r{i}", tiny.prompt_of(i), i, LONG) for i in range(8)], version=0)

@@ -83,6 +83,19 @@ def test_a_slow_leader_that_beats_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     thread.join(10)
 
 
+def test_a_leader_that_gave_up_ends_the_wait_of_the_others_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "BEAT_EVERY_S", 0.0)
+    waiting, failing = _pair()
+    for queue in (waiting, failing):
+        queue.open(1)
+    assert failing.claim() == 0
+    failing.give_up("the engine's process ended")
+    start = time.monotonic()
+    with pytest.raises(EngineError, match=r"another engine gave up(?s:.*)leader 1: the engine's process ended"):
+        waiting.wait(60)
+    assert time.monotonic() - start < 5
+
+
 def test_a_store_whose_host_is_gone_is_an_error_in_seconds() -> None:
     program = """
 import sys, time

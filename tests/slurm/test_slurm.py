@@ -19,11 +19,19 @@ SBATCH = ROOT / "examples" / "slurm" / "train.sbatch"
 SMALL = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=5", "--signal=USR1@20")
 
 # Stands in for Python in the job script: writes down how it was called, then waits to be told that time is running out.
-RECORDER = """#!/usr/bin/env bash
-trap 'echo "saved $SLURM_PROCID" >> "$RECORD"; exit 0' USR1
-echo "task $SLURM_PROCID in $PWD: $*" >> "$RECORD"
-for _ in $(seq 600); do sleep 0.1; done
-exit 3
+RECORDER = f"""#!{sys.executable}
+import os, signal, sys, time
+
+def record(line):
+    with open(os.environ["RECORD"], "a") as file:
+        file.write(line + "\\n")
+
+task = os.environ["SLURM_PROCID"]
+ignored = signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+signal.signal(signal.SIGUSR1, lambda *_: (record("saved " + task), os._exit(0)))
+record("task " + task + " in " + os.getcwd() + ": " + " ".join(sys.argv[1:]) + ("" if ignored else " and could die of a warning"))
+time.sleep(60)
+sys.exit(3)
 """
 
 
@@ -79,7 +87,7 @@ def test_every_rank_is_told_before_the_time_limit(cluster: Cluster, job_dir: Pat
 
 def test_one_rank_that_fails_ends_the_job(cluster: Cluster, job_dir: Path) -> None:
     python = job_dir / "python"
-    python.write_text(RECORDER.replace("for _", "[[ $SLURM_PROCID == 2 ]] && exit 7\nfor _"))
+    python.write_text(RECORDER.replace("time.sleep", "task == '2' and sys.exit(7)\ntime.sleep"))
     job = submit(cluster, job_dir)
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=30) == "FAILED"
     assert not [line for line in record(job_dir) if line.startswith("saved")]  # its peers were ended, not left to their own end

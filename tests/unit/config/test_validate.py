@@ -97,6 +97,17 @@ def test_the_edge_of_a_rule_is_let_through(project: Path, overrides: tuple[str, 
     check(project, *overrides)
 
 
+def test_a_roll_out_that_is_too_long_is_no_mistake_of_an_evaluation_that_follows_it(project: Path) -> None:
+    def lines(*overrides: str) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            check(project, *overrides)
+        return [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]]
+
+    assert lines("rollout.max_response_tokens=4000") == ["rollout.max_response_tokens"]
+    assert lines("data.max_prompt_tokens=5000") == ["rollout.max_response_tokens"]
+    assert lines("data.max_prompt_tokens=5000", "eval.max_response_tokens=1") == ["rollout.max_response_tokens", "eval.max_response_tokens"]
+
+
 def test_all_broken_rules_are_reported_at_once_with_their_lines(project: Path, write: Write) -> None:
     path = write("bad.yaml", "extends: run.yaml\nalgo:\n  clip_low: 3\nparallel:\n  tp: 3\n  pp: 3\n")
     cfg, lines = load_with_lines(path, ["rollout.temperature=0", "data.eval=none.jsonl"])
@@ -169,6 +180,19 @@ def test_the_parameter_count_is_that_of_a_real_model(tmp_path: Path) -> None:
     llama = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(llama))
     assert read_hf_shape(tmp_path).num_parameters == 70_553_706_496
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize(
+    ("model_type", "head_dim", "tied"), [("llama", None, 99_008), ("llama", 24, 117_440), ("qwen2", None, 99_392), ("qwen3", 32, 136_064)]
+)
+def test_the_parameter_count_of_each_family_is_that_of_transformers(
+    tmp_path: Path, model_type: str, head_dim: int | None, tied: int, is_tied: bool
+) -> None:
+    """`tied` is what transformers 5.12.1 allocates for 3 layers of these sizes; untied, the head adds 100 x 64 weights."""
+    sizes = {**QWEN, "model_type": model_type, "num_hidden_layers": 3, "intermediate_size": 96, "tie_word_embeddings": is_tied}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | ({} if head_dim is None else {"head_dim": head_dim})))
+    assert read_hf_shape(tmp_path).num_parameters == tied + (0 if is_tied else 6_400)
 
 
 def test_uneven_layers_leave_the_layers_of_a_chunk_open(project: Path) -> None:

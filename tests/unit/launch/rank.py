@@ -11,11 +11,10 @@ from pathlib import Path
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import EngineError
 from megatron_rpp.launch import write_report
+from megatron_rpp.signals import take_warning
 
 behaviour, report = sys.argv[1], Path(sys.argv[sys.argv.index("--report") + 1])
 world = World.from_env()
-if behaviour == "wait":  # before its process id is known, or the first signal would end it
-    signal.signal(signal.SIGUSR1, lambda *_: (Path(os.environ["NOTES"]) / f"saved-{world.rank}").touch())
 print(
     f"rank {world.rank} of {world.size} local {world.local_rank} of {world.local_size} on {world.num_nodes} by {world.launcher}", flush=True
 )
@@ -30,6 +29,8 @@ def fail(error: Exception, code: int) -> None:
 
 def wait_for(path: Path) -> None:
     while not path.exists():
+        if take_warning():
+            (Path(os.environ["NOTES"]) / f"saved-{world.rank}").touch()
         time.sleep(0.01)
 
 

@@ -63,7 +63,7 @@ def test_the_signal_to_save_does_not_end_a_run_that_is_still_starting(project: P
     plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     process = subprocess.Popen(command, cwd=ROOT, env={**plain, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not ignores(process.pid, signal.SIGUSR1):
+    while not blocks(process.pid, signal.SIGUSR1):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
@@ -72,9 +72,9 @@ def test_the_signal_to_save_does_not_end_a_run_that_is_still_starting(project: P
     assert process.returncode == 1, error
 
 
-def ignores(pid: int, number: signal.Signals) -> bool:
+def blocks(pid: int, number: signal.Signals) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
-    return bool(int(status.partition("SigIgn:")[2].split()[0], 16) >> (number - 1) & 1)
+    return bool(int(status.partition("SigBlk:")[2].split()[0], 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize(("given", "meant"), [("trian", "train"), ("docter", "doctor"), ("evaluate", "eval")])
