@@ -1,44 +1,14 @@
-"""What follows from the settings: the model's shape as config.json tells it, and every number that a division gives.
+"""What follows from the settings and the shape of the model: every number that a division gives.
 
 Pure arithmetic on integers, with neither torch nor transformers, so that `rpp check` answers at once on any machine.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from megatron_rpp.config.hf_shape import HfShape
 from megatron_rpp.config.schema import Config
-from megatron_rpp.errors import ConfigError
-
-
-@dataclass(frozen=True, slots=True)
-class HfShape:
-    """The sizes in an HF config.json that layouts and lengths have to fit."""
-
-    model_type: str
-    num_layers: int
-    hidden: int
-    ffn: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab: int
-    max_positions: int
-    is_tied: bool
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights of a Llama, Qwen2 or Qwen3 of these sizes, all of them; a tied embedding counts once."""
-        attention = self.hidden * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        if self.model_type == "qwen2":
-            attention += self.head_dim * (self.num_heads + 2 * self.num_kv_heads)  # biases of q, k and v
-        elif self.model_type == "qwen3":
-            attention += 2 * self.head_dim  # norms of q and k, one for all heads
-        layer = attention + 3 * self.hidden * self.ffn + 2 * self.hidden
-        return self.vocab * self.hidden * (1 if self.is_tied else 2) + self.num_layers * layer + self.hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +25,7 @@ class Geometry:
     max_sequence_tokens: int  # longest prompt and longest response together
     layers_per_chunk: int | None  # None without a config.json, or when model.megatron splits the layers unevenly
     heads_per_rank: int | None
+    experts_per_rank: int | None  # of one sparse layer; None for a dense model
 
 
 # Settings of Megatron that split the layers in a way that its own arithmetic checks.
@@ -76,36 +47,6 @@ def num_ranks(cfg: Config) -> int:
     return cfg.parallel.tp * cfg.parallel.cp * cfg.parallel.dp * cfg.parallel.pp
 
 
-def read_hf_shape(directory: Path) -> HfShape:
-    """Read `directory`/config.json as plain JSON.
-
-    Raises: ConfigError when it is missing, is not JSON, or lacks a size.
-    """
-    path = directory / "config.json"
-    fix = "point model.hf at a directory with config.json, *.safetensors and the tokenizer's files"
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-        return HfShape(
-            model_type=str(raw["model_type"]),
-            num_layers=int(raw["num_hidden_layers"]),
-            hidden=hidden,
-            ffn=int(raw["intermediate_size"]),
-            num_heads=heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // heads),
-            vocab=int(raw["vocab_size"]),
-            max_positions=int(raw["max_position_embeddings"]),
-            is_tied=bool(raw.get("tie_word_embeddings", False)),
-        )
-    except OSError as error:
-        raise ConfigError(f"cannot read the model's config.json: {error.strerror}", where=str(path), fix=fix) from None
-    except KeyError as error:
-        raise ConfigError(f"config.json has no {error}", where=str(path), fix=fix) from None
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ConfigError("config.json does not describe a decoder", where=str(path), got=error, fix=fix) from None
-
-
 def derive(cfg: Config, hf: HfShape | None = None) -> Geometry:
     """The numbers that follow from settings which `validate` has accepted."""
     parallel, rollout, algo = cfg.parallel, cfg.rollout, cfg.algo
@@ -123,4 +64,5 @@ def derive(cfg: Config, hf: HfShape | None = None) -> Geometry:
         max_sequence_tokens=cfg.data.max_prompt_tokens + rollout.max_response_tokens,
         layers_per_chunk=hf.num_layers // (parallel.pp * parallel.vpp) if hf is not None and has_even_layers(cfg) else None,
         heads_per_rank=hf.num_heads // parallel.tp if hf is not None else None,
+        experts_per_rank=hf.experts.num_experts // parallel.ep if hf is not None and hf.experts is not None else None,
     )

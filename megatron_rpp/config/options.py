@@ -22,15 +22,22 @@ Fields = dict[str, ast.expr]  # the name of each field, and its annotation
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon")
 _VARIANT = ("normalization", "gated_linear_unit", "activation_func", "add_bias_linear", "add_qkv_bias", "qk_layernorm")
+_EXPERTS = (
+    *("num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
+    *("moe_router_num_groups", "moe_router_group_topk", "moe_router_enable_expert_bias", "multi_latent_attention"),
+)
 # Fields that have one home already: where to set them, or why not.
 OWNED_MEGATRON = {
     "tensor_model_parallel_size": "set parallel.tp",
     "pipeline_model_parallel_size": "set parallel.pp",
     "virtual_pipeline_model_parallel_size": "set parallel.vpp",
     "context_parallel_size": "set parallel.cp",
+    "expert_model_parallel_size": "set parallel.ep",
+    "expert_tensor_parallel_size": "set parallel.etp",
     "sequence_parallel": "set parallel.sp",
     **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16"), "set model.dtype"),
-    **dict.fromkeys((*_SIZES, *_VARIANT), "it is what config.json in model.hf says"),
+    **dict.fromkeys((*_SIZES, *_VARIANT, *_EXPERTS), "it is what config.json in model.hf says"),
     "calculate_per_token_loss": "the loss is always a token sum over the tokens of the optimiser step",
     "variable_seq_lengths": "packed micro-batches always differ in length",
 }

@@ -45,6 +45,8 @@ class Parallel:
     vpp: int = 1  # virtual pipeline chunks a stage
     cp: int = 1
     dp: int = 1
+    ep: int = 1  # expert parallel: the experts of a layer are spread over ep of a stage's tp x cp x dp ranks
+    etp: int = 1  # expert tensor parallel: each expert is cut over etp ranks, whatever tp is
     sp: bool = True  # sequence parallel wherever tp > 1
 
 
@@ -83,6 +85,14 @@ class Rollout:
     start_deadline_s: float = 600.0
     deadline_s: float = 7200.0  # all responses of one step; an engine silent for run.deadline_s is given up before
     sglang: dict[str, Scalar] = field(default_factory=dict)  # any ServerArgs field
+
+
+@config
+class Weights:
+    """How the policy's weights reach the engines."""
+
+    path: Literal["direct", "gather"] = "direct"  # direct: shard to shard; gather: whole HF tensors to every leader, any model
+    bucket_mib: int = 512  # at most what a rank sends, or receives, at a time
 
 
 @config
@@ -158,6 +168,7 @@ class Config:
     parallel: Parallel = field(default_factory=Parallel)
     reward: Reward = field(default_factory=Reward)
     rollout: Rollout = field(default_factory=Rollout)
+    weights: Weights = field(default_factory=Weights)
     algo: Algo = field(default_factory=Algo)
     optim: Optim = field(default_factory=Optim)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rpp.config.geometry import Geometry, HfShape, derive, has_even_layers, num_ranks, read_hf_shape
+from megatron_rpp.config.geometry import Geometry, derive, has_even_layers, num_ranks
+from megatron_rpp.config.hf_shape import HfShape, read_hf_shape
 from megatron_rpp.config.options import option_problems
 from megatron_rpp.config.problems import Problem, refuse
-from megatron_rpp.config.schema import Config
+from megatron_rpp.config.schema import Config, Parallel
 from megatron_rpp.errors import ConfigError, GeometryError
 from megatron_rpp.host import num_gpus
 
@@ -67,11 +68,13 @@ _AT_LEAST_1 = (
         "parallel.vpp",
         "parallel.cp",
         "parallel.dp",
+        "parallel.ep",
+        "parallel.etp",
         "data.max_prompt_tokens",
         "reward.num_workers",
     ),
     *("rollout.tp", "rollout.engines", "rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_response_tokens"),
-    *("rollout.max_concurrent", "algo.minibatches", "optim.microbatch_tokens", "checkpoint.keep", "eval.max_prompts"),
+    *("rollout.max_concurrent", "weights.bucket_mib", "algo.minibatches", "optim.microbatch_tokens", "checkpoint.keep", "eval.max_prompts"),
     *("eval.max_response_tokens", "sft.batch_sequences"),
 )
 _AT_LEAST_0 = (
@@ -227,8 +230,9 @@ def _model(cfg: Config, hf: HfShape) -> Iterator[Problem]:
             yield Problem(name, f"the {hf.num_heads} attention heads do not divide by {tp}")
         if hf.num_kv_heads % tp and tp % hf.num_kv_heads:
             yield Problem(name, f"must divide the {hf.num_kv_heads} key-value heads or be a multiple of them, got {tp}")
-        if hf.ffn % tp:
+        if hf.has_dense_layers and hf.ffn % tp:
             yield Problem(name, f"the feed-forward width {hf.ffn} does not divide by {tp}")
+    yield from _experts(parallel, hf)
     responses = {
         "rollout.max_response_tokens": cfg.rollout.max_response_tokens,
         "eval.max_response_tokens": cfg.eval.max_response_tokens,  # None: as long as those of the roll-out
@@ -238,6 +242,27 @@ def _model(cfg: Config, hf: HfShape) -> Iterator[Problem]:
         if tokens is not None and longest > hf.max_positions:
             message = f"{tokens} after data.max_prompt_tokens {cfg.data.max_prompt_tokens} makes {longest} tokens"
             yield Problem(name, f"{message}, the model has {hf.max_positions} positions")
+
+
+def _experts(parallel: Parallel, hf: HfShape) -> Iterator[Problem]:
+    """What experts and latent attention ask of the layout."""
+    share, ranks = parallel.ep * parallel.etp, parallel.tp * parallel.cp * parallel.dp
+    if hf.experts is None and share > 1:
+        name = "parallel.ep" if parallel.ep > 1 else "parallel.etp"
+        yield Problem(name, f"{hf.model_type} has no experts to spread, got ep {parallel.ep} x etp {parallel.etp}; set both to 1")
+    elif ranks % share:
+        message = f"ep {parallel.ep} x etp {parallel.etp} = {share} must divide the ranks of a stage"
+        yield Problem("parallel.ep", f"{message}, tp {parallel.tp} x cp {parallel.cp} x dp {parallel.dp} = {ranks}")
+    if hf.experts is not None:
+        if hf.experts.num_experts % parallel.ep:
+            yield Problem("parallel.ep", f"the {hf.experts.num_experts} experts do not divide by {parallel.ep}")
+        if hf.experts.ffn % parallel.etp:
+            yield Problem("parallel.etp", f"the width of an expert, {hf.experts.ffn}, does not divide by {parallel.etp}")
+        if hf.experts.shared_ffn % parallel.tp:
+            yield Problem("parallel.tp", f"the width of the shared expert, {hf.experts.shared_ffn}, does not divide by {parallel.tp}")
+    if parallel.tp > 1 and not parallel.sp and (hf.experts is not None or hf.latent is not None):
+        what = "experts" if hf.experts is not None else "latent attention"
+        yield Problem("parallel.sp", f"{what} with tp {parallel.tp} need sequence parallelism; set true")
 
 
 def _warnings(cfg: Config) -> Iterator[str]:

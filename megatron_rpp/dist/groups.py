@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_rpp.dist.layout import Coords
+from megatron_rpp.dist.layout import Coords, ExpertCoords
 
 __all__ = ["Groups", "ProcessGroup", "ranks_of"]
 
@@ -19,6 +19,8 @@ class Groups:
     world: all ranks, the device's backend. world_cpu: all ranks on gloo, for objects and for host tensors.
     dp: ranks that hold other data and the same shard. dp_cp: those and their context-parallel peers: over it, each packed
     token is held exactly once. tp, cp, pp: the usual. model: tp x cp x pp, the ranks that work on one dp rank's batch.
+
+    The experts of a layer lie over ep x etp of the tp x cp x dp ranks of a stage. expert_dp: ranks that hold the same experts.
     """
 
     coords: Coords
@@ -30,6 +32,10 @@ class Groups:
     cp: ProcessGroup
     pp: ProcessGroup
     model: ProcessGroup
+    expert_coords: ExpertCoords = field(default_factory=ExpertCoords)
+    ep_size: int = 1
+    etp_size: int = 1
+    expert_dp: ProcessGroup | None = None  # None only in groups made by hand, for models without experts
 
     @property
     def rank(self) -> int:

@@ -1,6 +1,7 @@
 """Which rank does what: pure arithmetic, no process group.
 
-Rank order is Megatron's default "tp-cp-ep-dp-pp": tp varies fastest, pp slowest.
+Rank order is Megatron's default "tp-cp-ep-dp-pp": tp varies fastest, pp slowest. Experts see the same ranks of a stage in
+another order, "etp-ep-edp".
 """
 
 from __future__ import annotations
@@ -19,6 +20,15 @@ class Coords:
     cp: int = 0
     dp: int = 0
     pp: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCoords:
+    """Where one rank stands among the ranks of its stage that hold experts. edp: which copy of its share it holds."""
+
+    etp: int = 0
+    ep: int = 0
+    edp: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,26 @@ def coords_of(rank: int, parallel: Parallel) -> Coords:
     rest, cp = divmod(rest, parallel.cp)
     pp, dp = divmod(rest, parallel.dp)
     return Coords(tp=tp, cp=cp, dp=dp, pp=pp)
+
+
+def expert_coords_of(rank: int, parallel: Parallel) -> ExpertCoords:
+    """The expert coordinates of a rank. Rank ep of E experts holds [ep * E / EP, (ep + 1) * E / EP), cut in ETP parts.
+
+    rank in its stage = etp + ETP * (ep + EP * edp)
+    Raises: GeometryError when the layout has no such rank, or ep x etp does not divide the ranks of a stage.
+    """
+    coords_of(rank, parallel)
+    stage, share = parallel.tp * parallel.cp * parallel.dp, parallel.ep * parallel.etp
+    if stage % share:
+        raise GeometryError(
+            "the experts do not divide over the ranks of a stage",
+            where="parallel.ep",
+            expected=f"ep x etp to divide tp {parallel.tp} x cp {parallel.cp} x dp {parallel.dp} = {stage}",
+            got=f"ep {parallel.ep} x etp {parallel.etp} = {share}",
+        )
+    rest, etp = divmod(rank % stage, parallel.etp)
+    edp, ep = divmod(rest, parallel.ep)
+    return ExpertCoords(etp=etp, ep=ep, edp=edp)
 
 
 def rank_of(coords: Coords, parallel: Parallel) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import itertools
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -15,27 +16,22 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_rpp.config.options import OWNED_MEGATRON
-from megatron_rpp.config.schema import Config, Parallel, Scalar
-from megatron_rpp.errors import ConfigError, GeometryError
-from megatron_rpp.mcore.hf_config import HfModel, inv_freq
+from megatron_rpp.config.schema import Config, Scalar
+from megatron_rpp.errors import ConfigError
+from megatron_rpp.mcore.geometry import check_geometry
+from megatron_rpp.mcore.hf_config import HfModel
 from megatron_rpp.mcore.logp_model import LogpModel
+from megatron_rpp.mcore.rope import inv_freq
+from megatron_rpp.mcore.router import GroupChoice
+from megatron_rpp.mcore.shape import shape_settings
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-# Fields by which a user splits the layers unevenly; Megatron then checks the arithmetic.
-_UNEVEN = (
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "pipeline_model_parallel_layout",
-)
 
 
 def transformer_config(hf: HfModel, cfg: Config, device: torch.device) -> TransformerConfig:
@@ -45,14 +41,26 @@ def transformer_config(hf: HfModel, cfg: Config, device: torch.device) -> Transf
     Raises: GeometryError when layers or heads do not divide; ConfigError for an unknown or owned name in `model.megatron`, a
     value of the wrong type, or a combination that Megatron refuses.
     """
-    _check_geometry(hf, cfg.parallel, cfg.model.megatron)
-    settings = {**_shape(hf), **_layout(cfg), **_execution(cfg, device), **_overrides(cfg.model.megatron)}
+    check_geometry(hf, cfg.parallel, cfg.model.megatron)
+    settings = {
+        **shape_settings(hf),
+        **_layout(cfg),
+        **_execution(cfg, device, is_latent=hf.latent is not None),
+        **_overrides(cfg.model.megatron),
+    }
     try:
-        return TransformerConfig(**settings)
+        config = (TransformerConfig if hf.latent is None else MLATransformerConfig)(**settings)
     except (ValueError, AssertionError) as error:
         raise ConfigError(
             "Megatron refuses these settings", where="model.megatron", got=error, fix=f"given: {cfg.model.megatron or 'nothing'}"
         ) from error
+    if _needs_group_choice(hf, config) and (config.moe_router_fusion or config.moe_enable_routing_replay):
+        raise ConfigError(
+            "this model's groups of experts are chosen by code of ours, which this setting passes by",
+            where="model.megatron",
+            expected="moe_router_fusion: false and moe_enable_routing_replay: false",
+        )
+    return config
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -61,27 +69,30 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def named_parameters(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, int | None, Tensor]]:
-    """(name inside its chunk, layer over the whole model from 0 or None outside the layers, tensor) of this rank's parameters.
+def named_tensors(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, int | None, Tensor]]:
+    """(name inside its chunk, layer over the whole model from 0 or None outside the layers, tensor) of what this rank holds.
 
-    The layer is what the live module says it is: uneven and virtual stages make any arithmetic on the name wrong.
+    All parameters, and the routers' biases, which are buffers: a gradient does not reach them, a roll-out engine needs them. Expert
+    number j of a name (`mlp.experts.linear_fc1.weight{j}`) counts this rank's own; over the whole model it is
+    ep_rank * (experts / ep) + j. The layer is what the live module says it is: uneven and virtual stages make any arithmetic on
+    the name wrong.
     """
     for chunk in chunks:
         layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-        for name, parameter in chunk.named_parameters():
+        biases = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(".router.expert_bias"))
+        for name, tensor in itertools.chain(chunk.named_parameters(), biases):
             is_layer = name.startswith("decoder.layers.")
-            yield name, layers[int(name.split(".")[2])] if is_layer else None, parameter
+            yield name, layers[int(name.split(".")[2])] if is_layer else None, tensor
 
 
-def build_chunks(hf: HfModel, config: TransformerConfig, vpp: int) -> list[LogpModel]:
+def build_chunks(hf: HfModel, config: TransformerConfig, vpp: int, device: torch.device) -> list[LogpModel]:
     """The model chunks of this rank: one, or `vpp` with virtual pipeline stages. Weights are zero until they are loaded."""
-    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     chunks = []
     for index in range(vpp):
         vp_stage = index if vpp > 1 else None
         chunk = LogpModel(
             config=config,
-            transformer_layer_spec=spec,
+            transformer_layer_spec=get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage),
             vocab_size=padded_vocab_size(hf.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=hf.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -91,33 +102,37 @@ def build_chunks(hf: HfModel, config: TransformerConfig, vpp: int) -> list[LogpM
             rotary_base=hf.rope.theta,
             vp_stage=vp_stage,
             true_vocab_size=hf.vocab_size,
-        )
+        ).to(device)  # Megatron leaves the router and the gate of a shared expert on the host
         with torch.no_grad():
             for parameter in chunk.parameters():
                 parameter.zero_()  # padding rows of the vocabulary are never loaded, and must not hold what memory held
-        chunk.rotary_pos_emb.inv_freq = inv_freq(hf).to(chunk.rotary_pos_emb.inv_freq.device)
+        if hf.latent is None:
+            chunk.rotary_pos_emb.inv_freq = inv_freq(hf.rope, hf.head_dim).to(device)
+        if hf.experts is not None:
+            _finish_experts(hf, config, chunk)
         chunks.append(chunk)
     return chunks
 
 
-def _shape(hf: HfModel) -> dict[str, Any]:
-    return dict(
-        num_layers=hf.num_layers,
-        hidden_size=hf.hidden_size,
-        ffn_hidden_size=hf.ffn_hidden_size,
-        num_attention_heads=hf.num_heads,
-        num_query_groups=hf.num_kv_heads,
-        kv_channels=hf.head_dim,
-        layernorm_epsilon=hf.norm_eps,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=hf.family.qkv_bias,
-        qk_layernorm=hf.family.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
+def _finish_experts(hf: HfModel, config: TransformerConfig, chunk: LogpModel) -> None:
+    """Marks on the experts' weights that Megatron's optimizer reads, and the choice of experts by groups."""
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            # Gradients are summed over the ranks that hold the same experts. Megatron says so for ep > 1 only; where etp differs
+            # from tp those ranks are others than dp all the same, and the tp ranks would go on with different weights.
+            parameter.allreduce = False
+            # Unmarked, the gradient norm takes the experts of tp ranks beyond the first for copies and leaves them out.
+            parameter.tensor_model_parallel = True
+    if _needs_group_choice(hf, config):
+        for layer in chunk.decoder.layers:
+            if isinstance(layer.mlp, MoELayer):
+                layer.mlp.router.router_replay = GroupChoice(hf.router.group_best)
+
+
+def _needs_group_choice(hf: HfModel, config: TransformerConfig) -> bool:
+    """Whether groups of experts are ranked otherwise than Megatron ranks them."""
+    router = hf.router
+    return router is not None and router.num_groups > 1 and router.group_best != config.moe_router_topk // router.groups_taken
 
 
 def _layout(cfg: Config) -> dict[str, Any]:
@@ -128,6 +143,8 @@ def _layout(cfg: Config) -> dict[str, Any]:
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
         sequence_parallel=parallel.sp and parallel.tp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -141,7 +158,7 @@ def _layout(cfg: Config) -> dict[str, Any]:
     )
 
 
-def _execution(cfg: Config, device: torch.device) -> dict[str, Any]:
+def _execution(cfg: Config, device: torch.device, *, is_latent: bool) -> dict[str, Any]:
     """Kernels and initialisation. Fused kernels exist on a GPU only."""
     is_cuda = device.type == "cuda"
     return dict(
@@ -149,7 +166,7 @@ def _execution(cfg: Config, device: torch.device) -> dict[str, Any]:
         # shards: without the marks the gradient norm forgets the shards of every tp rank but the first
         perform_initialization=True,
         use_cpu_initialization=not is_cuda,
-        apply_rope_fusion=is_cuda,
+        apply_rope_fusion=is_cuda and not is_latent,  # for latent attention the kernel knows yarn only
         bias_activation_fusion=is_cuda,
         bias_dropout_fusion=is_cuda,
         # frees a stage's output once its send has been issued: in order on a stream, a race with gloo's still reading thread
@@ -197,36 +214,3 @@ def _decode(value: Scalar, hint: Any, where: str) -> Any:
         elif origin is list and isinstance(value, str) and str in typing.get_args(option):
             return [part.strip() for part in value.split(",")]
     raise ConfigError("a value of the wrong type", where=where, expected=str(hint).replace("typing.", ""), got=repr(value))
-
-
-def _check_geometry(hf: HfModel, parallel: Parallel, overrides: dict[str, Scalar]) -> None:
-    """What must divide, said with the numbers, before Megatron says it with an assertion."""
-    if hf.num_heads % parallel.tp:
-        raise GeometryError(
-            "the attention heads do not divide", where="parallel.tp", expected=f"a divisor of the {hf.num_heads} heads", got=parallel.tp
-        )
-    if hf.num_heads % hf.num_kv_heads:
-        raise GeometryError(
-            "query heads do not divide into groups", where="config.json", expected=f"a multiple of {hf.num_kv_heads}", got=hf.num_heads
-        )
-    if hf.num_kv_heads % parallel.tp and parallel.tp % hf.num_kv_heads:
-        raise GeometryError(
-            "the key-value heads do not divide",
-            where="parallel.tp",
-            expected=f"a divisor or a multiple of the {hf.num_kv_heads} key-value heads",
-            got=parallel.tp,
-        )
-    if hf.ffn_hidden_size % parallel.tp:
-        raise GeometryError(
-            "the feed-forward width does not divide", where="parallel.tp", expected=f"a divisor of {hf.ffn_hidden_size}", got=parallel.tp
-        )
-    stages = parallel.pp * parallel.vpp
-    is_uneven = any(overrides.get(name) for name in _UNEVEN)
-    if hf.num_layers % stages and not is_uneven:
-        raise GeometryError(
-            "the layers do not divide over the pipeline",
-            where="parallel.pp",
-            expected=f"a divisor of the {hf.num_layers} layers",
-            got=f"pp {parallel.pp} x vpp {parallel.vpp} = {stages}",
-            fix="or say how to split them, with model.megatron.num_layers_in_first_pipeline_stage and ..._last_...",
-        )

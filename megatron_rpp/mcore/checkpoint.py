@@ -1,6 +1,6 @@
 """Model, optimizer, schedule and random states to and from a directory, in Megatron's torch_dist format.
 
-The format knows global tensors, not ranks: a checkpoint of one layout of tp, pp, vpp and dp loads into another. On the same
+The format knows global tensors, not ranks: a checkpoint of one layout of tp, pp, vpp, ep, etp and dp loads into another. On the same
 layout a run continues bit for bit. Imports megatron: import it only after `init.start`.
 
     <directory>/metadata.json .metadata common.pt __<rank>_<n>.distcp     Megatron's
@@ -35,7 +35,7 @@ from megatron_rpp.mcore.hf_config import HfModel
 from megatron_rpp.mcore.logp_model import LogpModel
 from megatron_rpp.mcore.optimizer import Optimizer
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "files.json"
 
 Fingerprint = dict[str, int]
@@ -96,18 +96,18 @@ def load(
     Raises: CheckpointError, on every rank, when the directory is missing, incomplete, damaged, or of another model or precision;
     DeadlineError when a peer does not come in deadline_s.
     """
-    _check_files(directory, groups, deadline_s)
-    with _reading(directory):
+    check_files(directory, groups, deadline_s)
+    with reading(directory):
         header = dist_checkpointing.load_common_state_dict(str(directory))["header"]
     wanted = _header(hf, chunks, optimizer, groups)
     _check_header(header, wanted, directory)
     is_same_layout = header["layout"] == wanted["layout"]
-    with _reading(directory):
+    with reading(directory):
         state = _sharded_state(chunks, optimizer, groups, is_loading=True)
         if is_same_layout:
             state["rng"] = _sharded_rng(groups)
         state = dist_checkpointing.load(state, str(directory))
-        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
+        for name, chunk in zip(chunk_names(chunks), chunks, strict=True):
             chunk.load_state_dict(state[name], strict=True)
         optimizer.inner.load_state_dict(state["optimizer"])
         optimizer.scheduler.load_state_dict(state["scheduler"])
@@ -123,7 +123,7 @@ def _sharded_state(chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Gr
         "singleton_local_shards": False,
         "dp_cp_group": groups.dp_cp,
     }
-    model = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)}
+    model = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(chunk_names(chunks), chunks, strict=True)}
     return {
         **model,
         "optimizer": optimizer.sharded_state(model, metadata, is_loading=is_loading),
@@ -131,7 +131,7 @@ def _sharded_state(chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Gr
     }
 
 
-def _chunk_names(chunks: Sequence[LogpModel]) -> list[str]:
+def chunk_names(chunks: Sequence[LogpModel]) -> list[str]:
     """The names under which Megatron's own optimizer looks for the chunks."""
     return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
 
@@ -143,7 +143,15 @@ def _header(hf: HfModel, chunks: Sequence[LogpModel], optimizer: Optimizer, grou
         "model": asdict(hf),
         "dtype": str(chunks[0].config.params_dtype),
         "is_optimizer_distributed": optimizer.is_distributed,
-        "layout": {"tp": groups.tp_size, "cp": groups.cp_size, "dp": groups.dp_size, "pp": groups.pp_size, "vpp": len(chunks)},
+        "layout": {
+            "tp": groups.tp_size,
+            "cp": groups.cp_size,
+            "dp": groups.dp_size,
+            "pp": groups.pp_size,
+            "vpp": len(chunks),
+            "ep": groups.ep_size,
+            "etp": groups.etp_size,
+        },
     }
 
 
@@ -168,7 +176,7 @@ def _differences(wanted: Any, got: Any) -> tuple[Any, Any]:
     return {name: wanted[name] for name in names}, {name: got.get(name) for name in names}
 
 
-def _check_files(directory: Path, groups: Groups, deadline_s: float) -> None:
+def check_files(directory: Path, groups: Groups, deadline_s: float) -> None:
     """Compare every file with the list, so that damage is found before anything is overwritten: Megatron checks no checksums.
 
     Each rank reads a share of the files. Raises: CheckpointError, the same on every rank.
@@ -215,7 +223,8 @@ def _mine(names: Sequence[str], groups: Groups) -> Sequence[str]:
 
 
 @contextmanager
-def _reading(directory: Path) -> Iterator[None]:
+def reading(directory: Path) -> Iterator[None]:
+    """What Megatron, torch and pickle raise over a damaged checkpoint becomes a CheckpointError that names it."""
     try:
         yield
     except _BROKEN as error:

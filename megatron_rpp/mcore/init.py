@@ -17,7 +17,7 @@ from torch import distributed as dist
 import megatron_rpp_patches
 from megatron_rpp.config.schema import Config, Parallel
 from megatron_rpp.dist.groups import Groups
-from megatron_rpp.dist.layout import coords_of, world_size_of
+from megatron_rpp.dist.layout import ExpertCoords, coords_of, expert_coords_of, world_size_of
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import ConfigError, GeometryError
 
@@ -31,8 +31,8 @@ def start(cfg: Config, world: World) -> Groups:
 
     Order: check the layout against the world, patches, default process group (gloo on CPU, nccl on CUDA; both wait at most
     `run.deadline_s`), Megatron's parallel state, seeds.
-    Raises: GeometryError when tp x cp x dp x pp is not the number of processes; ConfigError when CUDA is asked for and absent;
-    PatchError when a patch does not fit the installed megatron-core.
+    Raises: GeometryError when tp x cp x dp x pp is not the number of processes, or ep x etp does not divide those of a stage;
+    ConfigError when CUDA is asked for and absent; PatchError when a patch does not fit the installed megatron-core.
     """
     _check_world(cfg.parallel, world)
     device = device_of(cfg, world)
@@ -89,6 +89,7 @@ def _check_world(parallel: Parallel, world: World) -> None:
             got=f"{world.size} ({world.launcher})",
             fix=f"start {wanted} processes, or set parallel.dp so that the product is {world.size}",
         )
+    expert_coords_of(world.rank, parallel)
     if parallel.vpp > 1 and parallel.pp == 1:
         raise GeometryError("virtual pipeline chunks need a pipeline", where="parallel.vpp", expected="1 where pp is 1", got=parallel.vpp)
 
@@ -111,6 +112,8 @@ def _init_parallel_state(parallel: Parallel, deadline_s: float) -> None:
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,  # Megatron's own default is tp
         distributed_timeout_minutes=deadline_s / 60,  # a timedelta's argument: whole minutes would make a deadline of 5 s a minute
     )
 
@@ -135,7 +138,14 @@ def _groups(parallel: Parallel, world: World, timeout: timedelta) -> Groups:
         dp=parallel_state.get_data_parallel_rank(),
         pp=parallel_state.get_pipeline_model_parallel_rank(),
     )
+    expert_coords = expert_coords_of(world.rank, parallel)
+    seen_experts = ExpertCoords(
+        etp=parallel_state.get_expert_tensor_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_rank(),
+        edp=parallel_state.get_expert_data_parallel_rank(),
+    )
     assert seen == coords, f"megatron orders ranks otherwise than dist.layout: {seen} is not {coords}"
+    assert seen_experts == expert_coords, f"megatron orders experts otherwise than dist.layout: {seen_experts} is not {expert_coords}"
     return Groups(
         coords=coords,
         world=dist.group.WORLD,
@@ -146,6 +156,10 @@ def _groups(parallel: Parallel, world: World, timeout: timedelta) -> Groups:
         cp=parallel_state.get_context_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         model=_model_group(parallel, coords.dp, timeout),
+        expert_coords=expert_coords,
+        ep_size=parallel.ep,
+        etp_size=parallel.etp,
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
     )
 
 

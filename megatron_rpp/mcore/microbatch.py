@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch import distributed as dist
 
 from megatron_rpp.data.packing import select, split_microbatches, token_index
 from megatron_rpp.dist.groups import Groups
@@ -47,29 +49,36 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How this rank's layout wants micro-batches cut. max_tokens: packed tokens of one forward pass."""
+    """How this rank's layout wants micro-batches cut. max_tokens: packed tokens of one forward pass. is_count_shared: the ranks
+    of a stage exchange tokens in every layer, so that all of dp must run the same number of passes (expert parallelism)."""
 
     groups: Groups
     device: torch.device
     max_tokens: int
     vpp: int
     sequence_parallel: bool
+    is_count_shared: bool = False
 
     def microbatches(self, batch: PackedBatch, temperature: float) -> list[Microbatch]:
         """Cut a batch. At least one micro-batch, even of nothing, so that a rank without a sequence still meets its peers.
 
-        Ranks of different dp need not agree on the count: dense models meet over dp only after the last one. The interleaved
-        schedule wants a multiple of the pipeline's length; what is missing is filled with empty micro-batches.
+        Ranks of different dp need not agree on the count where they meet only after the last one; where experts are shared they
+        take the largest, and this is collective over dp. The interleaved schedule wants a multiple of the pipeline's length.
+        What is missing is filled with empty micro-batches.
         """
         pp = self.groups.pp_size
-        parts = split_microbatches(
-            batch.cu_len_S1,
-            self.max_tokens,
-            # a pipeline idles for pp - 1 of (pp - 1 + micro-batches) turns
-            at_least=min(4 * pp, max(1, batch.num_sequences)) if pp > 1 else 1,
-            multiple_of=pp if self.vpp > 1 else 1,
-        )
+        # a pipeline idles for pp - 1 of (pp - 1 + micro-batches) turns
+        at_least = min(4 * pp, max(1, batch.num_sequences)) if pp > 1 else 1
+        cut = partial(split_microbatches, batch.cu_len_S1, self.max_tokens, multiple_of=pp if self.vpp > 1 else 1)
+        parts = cut(at_least=at_least)
+        if self.is_count_shared:
+            parts = cut(at_least=self._largest(len(parts)))
         return [self._microbatch(batch, part, temperature) for part in parts]
+
+    def _largest(self, count: int) -> int:
+        counts = torch.tensor([count], device=self.device)
+        dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.groups.dp)
+        return int(counts)
 
     def _microbatch(self, batch: PackedBatch, sequences: tuple[int, ...], temperature: float) -> Microbatch:
         part = select(batch, sequences)

@@ -125,8 +125,9 @@ class Optimizer:
         grad_norm = float(self.inner.get_grad_norm())
         if found_inf or not math.isfinite(grad_norm):
             return StepResult(grad_norm, lr, is_finite=False)
-        if self._clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(self.inner.get_parameters(), max_norm=self._clip_grad, total_norm=grad_norm)
+        for part in self.inner.chained_optimizers:  # one, and with experts another one for them
+            if self._clip_grad > 0.0 and (parameters := part.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self._clip_grad, total_norm=grad_norm)
         self.inner.step_with_ready_grads()
         return StepResult(grad_norm, lr, is_finite=True)
 

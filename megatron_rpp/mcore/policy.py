@@ -74,8 +74,15 @@ class Policy:
         hf = read_hf_config(hf_dir or cfg.model.hf)
         device = torch.device("cuda", torch.cuda.current_device()) if _uses_cuda(groups) else torch.device("cpu")
         config = transformer_config(hf, cfg, device)
-        chunks = build_chunks(hf, config, cfg.parallel.vpp)
-        packing = Packing(groups, device, cfg.optim.microbatch_tokens, cfg.parallel.vpp, config.sequence_parallel)
+        chunks = build_chunks(hf, config, cfg.parallel.vpp, device)
+        packing = Packing(
+            groups,
+            device,
+            cfg.optim.microbatch_tokens,
+            cfg.parallel.vpp,
+            config.sequence_parallel,
+            is_count_shared=hf.experts is not None and cfg.parallel.ep * cfg.parallel.etp > 1,
+        )
         if not trainable:
             for chunk in chunks:
                 chunk.requires_grad_(False)
@@ -128,13 +135,15 @@ class Policy:
         return self._stats([self._step(batch, torch.zeros(batch.num_tokens), negative_log_likelihood, 1.0)])
 
     def named_local(self) -> Iterator[tuple[str, int | None, Tensor]]:
-        """(Megatron name inside its chunk, layer over the whole model from 0 or None, live parameter). Not collective.
+        """(Megatron name inside its chunk, layer over the whole model from 0 or None, live tensor). Not collective.
 
+        All parameters and, of routers that have them, the expert biases, float32 buffers. Experts are numbered as this rank
+        counts them: `mlp.experts.linear_fc1.weight{j}` is expert ep_rank * (experts / ep) + j of the model.
         Whoever writes into the tensors calls `weights_changed` afterwards.
         """
-        from megatron_rpp.mcore.build import named_parameters
+        from megatron_rpp.mcore.build import named_tensors
 
-        return named_parameters(self.chunks)
+        return named_tensors(self.chunks)
 
     def weights_changed(self) -> None:
         """Tell the optimizer that parameters were written from outside, so that its float32 copies follow. Not collective."""
@@ -173,6 +182,14 @@ class Policy:
 
         with self._wait("load of a checkpoint"):
             load(directory, self.hf, self.chunks, self._trained(), self.groups, deadline_s=self._deadline_s)
+
+    def load_weights(self, directory: Path) -> None:
+        """Take the weights alone, of what `save` or tools/convert_hf_to_megatron.py wrote, in any layout. Raises: as `load`."""
+        from megatron_rpp.mcore.weights_only import load_weights
+
+        with self._wait("load of weights"):
+            load_weights(directory, self.hf, self.chunks, self.groups, deadline_s=self._deadline_s)
+        self.weights_changed()
 
     def _trained(self) -> Optimizer:
         assert self.optimizer is not None, "a frozen reference has no optimizer"

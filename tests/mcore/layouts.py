@@ -16,7 +16,7 @@ from megatron_rpp.data.packing import select
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.types import UpdateStats
 from tests.dist.ranks import run_ranks
-from tests.mcore import tiny
+from tests.mcore import sparse, tiny
 
 TEMPERATURE = 0.7
 
@@ -47,18 +47,40 @@ class Answer:
     is_same_on_all_ranks: bool = True
 
 
+# For models with experts or latent attention, and which of them each layout is for.
+SPARSE_LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "tp1": ({}, tuple(sparse.MODELS)),
+    "tp2": (dict(tp=2), ("qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2", "deepseek_v2 lite")),
+    "pp2": (dict(pp=2), ("qwen3_moe", "deepseek_v3")),
+    "ep2 over dp2": (dict(dp=2, ep=2), ("qwen3_moe", "mixtral", "deepseek_v3")),
+    "ep2 over tp2": (dict(tp=2, ep=2), ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3")),
+    "etp2 over tp2": (dict(tp=2, etp=2), ("qwen3_moe", "deepseek_v3")),
+    "tp2 dp2, ep2": (dict(tp=2, dp=2, ep=2), ("qwen3_moe", "deepseek_v3")),
+    "pp2 vpp2 dp2, ep2": (dict(pp=2, vpp=2, dp=2, ep=2), ("qwen3_moe", "deepseek_v3")),
+}
+
+
 @cache
 def answers(layout: str, root: Path) -> dict[str, Answer]:
-    """Each kind of model under one layout. Spawns once for a layout and keeps the answers."""
-    sizes = LAYOUTS[layout]
+    """Each kind of dense model under one layout. Spawns once for a layout and keeps the answers."""
+    return _spawn(root, LAYOUTS[layout], tiny.KINDS)
+
+
+@cache
+def sparse_answers(layout: str, root: Path) -> dict[str, Answer]:
+    """The same for the sparse models that the layout is for."""
+    return _spawn(root, *SPARSE_LAYOUTS[layout])
+
+
+def _spawn(root: Path, sizes: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Answer]:
     world = math.prod(sizes.get(axis, 1) for axis in ("tp", "pp", "dp", "cp"))
-    return run_ranks(world, _worker, root, sizes, init=False, timeout_s=240.0)[0]
+    return run_ranks(world, _worker, root, sizes, kinds, init=False, timeout_s=240.0)[0]
 
 
-def _worker(rank: int, root: Path, sizes: dict[str, Any]) -> dict[str, Answer]:
+def _worker(rank: int, root: Path, sizes: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Answer]:
     found = {}
-    with tiny.megatron(tiny.make_config(root / "qwen3", **sizes)) as groups:
-        for kind in tiny.KINDS:
+    with tiny.megatron(tiny.make_config(root / kinds[0], **sizes)) as groups:
+        for kind in kinds:
             found[kind] = _answer(root / kind, groups, sizes)
     return found
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.packing import select, split_minibatches, token_index
 from megatron_rpp.types import PackedBatch
+from tests.mcore import sparse
 from tests.mcore.hf import transformers as import_transformers
 
 
 def load(hf: Path) -> torch.nn.Module:
     transformers = import_transformers()
-    return transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager")
+    return sparse.correct(transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager"))
 
 
 def logits(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
@@ -65,8 +66,10 @@ def update(hf: Path, batch: PackedBatch, adv_T: Tensor, cfg: Config, objective, 
         loss, count, _ = objective(*logp_and_entropy(model, part, temperature), part, adv_T[index])
         (loss / count).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)))
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        # an expert that no token chose has no gradient
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
         adam.step()
         loss_sum, token_sum = loss_sum + float(loss.detach()), token_sum + int(count)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return Updated(weights, gradients, sum(norms) / len(norms), loss_sum / token_sum)
+    kind = model.config.model_type
+    return Updated(sparse.as_in_files(weights, kind), sparse.as_in_files(gradients, kind), sum(norms) / len(norms), loss_sum / token_sum)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_rpp.errors import ConfigError, GeometryError, RppError
-from megatron_rpp.mcore.hf_config import inv_freq, parse_hf_config, read_hf_config
+from megatron_rpp.mcore.hf_config import parse_hf_config, read_hf_config
+from megatron_rpp.mcore.rope import inv_freq
 from tests.dist.ranks import run_ranks
 from tests.mcore import tiny
 from tests.mcore.hf import transformers
@@ -90,7 +91,7 @@ def test_rotary_frequencies_are_those_of_transformers_to_the_bit(scaling: dict[s
     want = hf.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq
     raw = {"rope_parameters": settings} if style == 5 else {"rope_theta": 500000.0, "rope_scaling": scaling}
     got = parse(**{"rope_theta": None, **raw} if style == 5 else raw)
-    assert torch.equal(inv_freq(got), want)
+    assert torch.equal(inv_freq(got.rope, got.head_dim), want)
 
 
 def _refusals(rank: int, hf: Path) -> dict[str, tuple[str, str]]:
@@ -106,13 +107,16 @@ def _refusals(rank: int, hf: Path) -> dict[str, tuple[str, str]]:
         "kv heads": dict(tp=4),
         "layers": dict(pp=3),
         "virtual": dict(pp=2, vpp=4),
+        "groups": dict(megatron=dict(moe_enable_routing_replay=True)),
     }
     from megatron_rpp.mcore.build import transformer_config
+    from tests.mcore.test_sparse_config import parse as parse_sparse
 
     model = read_hf_config(hf)
     said = {}
     for name, case in cases.items():
         shape = replace(model, num_heads=12, num_kv_heads=3) if name == "kv heads" else model
+        shape = parse_sparse("deepseek_v2") if name == "groups" else shape
         try:
             transformer_config(shape, tiny.make_config(hf, **case), torch.device("cpu"))
         except RppError as error:
@@ -163,10 +167,11 @@ def test_bad_settings_are_refused_with_their_name_and_a_way_out(settings) -> Non
         "type": ("ConfigError", "model.megatron.recompute_num_layers", "int", "'two'"),
         "bool for int": ("ConfigError", "model.megatron.recompute_num_layers", "True"),
         "refused by megatron": ("ConfigError", "Megatron refuses", "recompute_method"),
-        "heads": ("GeometryError", "parallel.tp", "4 heads"),
+        "heads": ("GeometryError", "parallel.tp", "4 attention heads"),
         "kv heads": ("GeometryError", "parallel.tp", "3 key-value heads"),
         "layers": ("GeometryError", "parallel.pp", "4 layers", "num_layers_in_first_pipeline_stage"),
         "virtual": ("GeometryError", "pp 2 x vpp 4 = 8"),
+        "groups": ("ConfigError", "groups of experts", "moe_enable_routing_replay: false"),
     }.items():
         assert said[name][0] == kind, (name, said[name])
         assert all(word in said[name][1] for word in words), (name, said[name])

@@ -146,10 +146,9 @@ def weights_as_hf(policy, cfg: Config, *, of: str = "weights") -> dict[str, Tens
 
     live, _ = live_view(policy, cfg)
     if of == "gradients":
-        grads = [(name, layer, tensor.main_grad) for name, layer, tensor in policy.named_local()]
-        from megatron_rpp.weights.live import bind
-
-        live = replace(live, tensors=bind(live.locals, grads))
+        # the biases of a router are buffers, which no gradient reaches
+        grads = {name: getattr(tensor, "main_grad", torch.zeros_like(tensor)) for name, tensor in live.tensors.items()}
+        live = replace(live, tensors=grads)
     found: dict[str, Tensor] = {}
     for bucket in iter_hf_tensors(live, (0,), deadline_s=60.0):
         found.update({name: tensor.clone() for name, tensor in bucket.items()})

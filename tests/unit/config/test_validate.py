@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rpp.config.geometry import derive, read_hf_shape
+from megatron_rpp.config.geometry import derive
+from megatron_rpp.config.hf_shape import read_hf_shape
 from megatron_rpp.config.load import load, load_with_lines
 from megatron_rpp.config.validate import validate
 from megatron_rpp.errors import ConfigError, GeometryError

@@ -7,7 +7,17 @@ from itertools import product
 import pytest
 
 from megatron_rpp.config.schema import Parallel
-from megatron_rpp.dist.layout import Coords, coords_of, engine_group, engine_groups, num_engines, rank_of, world_size_of
+from megatron_rpp.dist.layout import (
+    Coords,
+    ExpertCoords,
+    coords_of,
+    engine_group,
+    engine_groups,
+    expert_coords_of,
+    num_engines,
+    rank_of,
+    world_size_of,
+)
 from megatron_rpp.errors import GeometryError
 
 
@@ -25,6 +35,15 @@ def test_ranks_and_coordinates_are_one_to_one(tp: int, cp: int, dp: int, pp: int
     in_order = [Coords(tp=t, cp=c, dp=d, pp=p) for p, d, c, t in product(range(pp), range(dp), range(cp), range(tp))]
     assert [coords_of(rank, parallel) for rank in range(world_size_of(parallel))] == in_order
     assert [rank_of(coords, parallel) for coords in in_order] == list(range(tp * cp * dp * pp))
+
+
+def test_experts_count_the_ranks_of_each_stage_in_their_own_order() -> None:
+    """tp 2, dp 4, pp 2, ep 2, etp 2: a stage has 8 ranks, two copies of four shares."""
+    parallel = Parallel(tp=2, dp=4, pp=2, ep=2, etp=2)
+    in_order = [ExpertCoords(etp=x, ep=e, edp=d) for d, e, x in product(range(2), range(2), range(2))]
+    assert [expert_coords_of(rank, parallel) for rank in range(16)] == 2 * in_order
+    with pytest.raises(GeometryError, match="ep 3 x etp 1 = 3"):
+        expert_coords_of(0, Parallel(dp=2, ep=3))
 
 
 def test_what_the_layout_does_not_hold_is_refused() -> None:

@@ -1,0 +1,207 @@
+"""The checkpoint tools as a user runs them, and what they write in the hands of the real Megatron-Core."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rpp.errors import CheckpointError
+from megatron_rpp.mcore.hf_config import read_hf_config
+from megatron_rpp.mcore.weights_header import weights_header
+from megatron_rpp.weights.compare import compare
+from megatron_rpp.weights.convert import to_hf, to_megatron
+from megatron_rpp.weights.families.registry import describe
+from megatron_rpp.weights.hf_io import open_hf
+from megatron_rpp.weights.megatron_checkpoint import open_megatron
+from tests.dist.ranks import run_ranks
+from tests.mcore import sparse, tiny
+
+ROOT = Path(__file__).parents[2]
+LAYOUTS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
+    "tp1": ({}, (*tiny.KINDS, *sparse.MODELS)),
+    "tp4, more ranks than key-value heads": (dict(tp=4), tiny.KINDS),
+    "tp2 pp2": (dict(tp=2, pp=2), tiny.KINDS),
+    "pp2 vpp2": (dict(pp=2, vpp=2), (*tiny.KINDS, "qwen3_moe")),
+    "ep2 over tp2": (dict(tp=2, ep=2), ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3")),
+    "ep2 over dp2": (dict(dp=2, ep=2), ("mixtral", "deepseek_v3")),
+}
+
+
+def tool(name: str, *arguments: object, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **keywords)
+
+
+@pytest.fixture(scope="module")
+def models(hf_root: Path, sparse_root: Path) -> dict[str, Path]:
+    return {kind: root / kind for root, kinds in ((hf_root, tiny.KINDS), (sparse_root, sparse.MODELS)) for kind in kinds}
+
+
+@pytest.fixture(scope="module")
+def converted(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Megatron checkpoint of every kind of model, by the tool, under the name of the kind."""
+    root = tmp_path_factory.mktemp("converted")
+    for kind, hf in models.items():
+        if kind in ("llama", "mixtral"):
+            done = tool("convert_hf_to_megatron", hf, root / kind)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.endswith("tensors compared, all equal\n")
+        else:  # the same without a process of its own
+            with open_hf(hf) as source:
+                to_megatron(source, describe(source.config), root / kind, header=weights_header(read_hf_config(hf)))
+    return root
+
+
+def _load_save(rank: int, models: dict[str, Path], converted: Path, sizes: dict[str, int], saved: Path) -> list[str]:
+    """What differs after a load of the tool's checkpoint from a load of the HF directory; then saves as a run does."""
+    wrong = []
+    with tiny.megatron(tiny.make_config(next(iter(models.values())), **sizes)) as groups:
+        for kind, hf in models.items():
+            cfg = tiny.make_config(hf, optim=dict(distributed=False), **sizes)
+            policy = tiny.open_policy(cfg, groups)
+            wanted = [(name, tensor.detach().clone()) for name, _, tensor in policy.named_local()]
+            with torch.no_grad():
+                for _, _, tensor in policy.named_local():
+                    tensor.fill_(float("nan"))
+            policy.load_weights(converted / kind)
+            got = [tensor for _, _, tensor in policy.named_local()]
+            wrong += [f"{kind}: {name}" for (name, want), tensor in zip(wanted, got, strict=True) if not torch.equal(tensor, want)]
+            policy.save(saved / kind)
+    return wrong
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_megatron_loads_a_converted_model_in_any_layout_and_its_checkpoint_goes_back_to_the_same_bits(
+    layout: str, models: dict[str, Path], converted: Path, tmp_path: Path
+) -> None:
+    sizes, kinds = LAYOUTS[layout]
+    world = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("dp", 1)
+    chosen = {kind: models[kind] for kind in kinds}
+    found = run_ranks(world, _load_save, chosen, converted, sizes, tmp_path, init=False, timeout_s=240.0)
+    assert found == [[]] * world
+    for kind in kinds:
+        with open_hf(models[kind]) as hf, open_megatron(tmp_path / kind, describe(hf.config)) as saved:
+            to_hf(saved, tmp_path / f"{kind} hf", carried=models[kind])
+            with open_hf(tmp_path / f"{kind} hf") as back:
+                assert back.entries.keys() == hf.entries.keys() and compare(hf, back) is None, kind
+    if layout == "tp1":
+        for kind in kinds:
+            assert asked_for(tmp_path / kind) <= asked_for(converted / kind), kind
+
+
+def test_the_tools_take_a_runs_checkpoint_to_hf_and_find_all_equal(models: dict[str, Path], converted: Path, tmp_path: Path) -> None:
+    run_ranks(2, _load_save, {"qwen3": models["qwen3"]}, converted, dict(tp=2), tmp_path, init=False, timeout_s=120.0)
+    done = tool("convert_megatron_to_hf", tmp_path / "qwen3", tmp_path / "hf", "--hf", models["qwen3"], "--shard-gb", "0.0002")
+    assert done.returncode == 0 and done.stdout.endswith("47 tensors compared, all equal\n"), done.stderr
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
+    for left, right in ((models["qwen3"], tmp_path / "hf"), (tmp_path / "qwen3", converted / "qwen3")):
+        done = tool("verify_checkpoint", left, right)
+        assert done.returncode == 0 and done.stdout.endswith("47 tensors compared, all equal\n"), done.stderr
+
+
+def asked_for(checkpoint: Path) -> set[str]:
+    """Keys of the model's tensors and objects: what any load of such a model asks for."""
+    keys = pickle.loads((checkpoint / ".metadata").read_bytes()).state_dict_metadata
+    return {key for key in keys if not key.startswith(("optimizer.", "rng/"))}
+
+
+def _refusals(rank: int, hf: Path, checkpoint: Path, other: Path) -> list[str]:
+    said = []
+    with tiny.megatron(tiny.make_config(hf)) as groups:
+        from megatron_rpp.mcore.weights_only import load_weights
+
+        policy = tiny.open_policy(tiny.make_config(hf), groups)
+        attempts: list[Callable[[], None]] = [
+            lambda: load_weights(other, policy.hf, policy.chunks, groups),
+            lambda: policy.load(checkpoint),
+        ]
+        for attempt in attempts:
+            with pytest.raises(CheckpointError) as caught:
+                attempt()
+            said.append(str(caught.value))
+    return said
+
+
+def test_weights_of_another_model_and_a_resume_from_weights_alone_are_refused(models: dict[str, Path], converted: Path) -> None:
+    (said,) = run_ranks(1, _refusals, models["qwen2"], converted / "qwen2", converted / "qwen3", init=False, timeout_s=120.0)
+    assert "of another model" in said[0] and "qwen3" in said[0]
+    assert "the checkpoint's format is another" in said[1] and "weights 1" in said[1]
+
+
+def test_verify_prints_the_first_difference(models: dict[str, Path], converted: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(models["llama"], copy)
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+    done = tool("verify_checkpoint", converted / "llama", copy)
+    assert done.returncode == 1
+    assert "differs\n" in done.stdout and f"  {copy}: 0.0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "status", "message"),
+    [
+        ("convert_hf_to_megatron", ["absent", "out"], 1, "absent/config.json: cannot read the file"),
+        ("convert_hf_to_megatron", ["{llama}", "out", "--dtype", "int8"], 2, "invalid choice: 'int8'"),
+        ("convert_hf_to_megatron", ["{llama}", "out", "--shard-gb", "0"], 2, "invalid positive value: '0'"),
+        ("convert_hf_to_megatron", ["{llama}", "{llama}"], 1, "the source lies in it"),
+        ("convert_megatron_to_hf", ["{llama}", "out"], 1, "not a Megatron checkpoint"),
+        ("convert_megatron_to_hf", ["{qwen2 checkpoint}", "out", "--hf", "{llama}"], 1, "of another model than config.json"),
+        ("verify_checkpoint", ["{llama}"], 2, "the following arguments are required: B"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(
+    name: str, arguments: list[str], status: int, message: str, models: dict[str, Path], converted: Path, tmp_path: Path
+) -> None:
+    places = {"llama": models["llama"], "qwen2 checkpoint": converted / "qwen2"}
+    done = tool(name, *(argument.format(**places) for argument in arguments), cwd=tmp_path)
+    assert done.returncode == status and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("direction", ["convert_hf_to_megatron", "convert_megatron_to_hf"])
+def test_a_full_disk_names_file_and_tensor_and_the_next_run_goes_on(
+    direction: str, models: dict[str, Path], converted: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of a file stands for the disk: the write fails in the same place."""
+    source = models["llama"] if direction == "convert_hf_to_megatron" else converted / "llama"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = tool(direction, source, tmp_path / "out", preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "cannot write " in done.stderr and "File too large" in done.stderr and "it goes on where it stopped" in done.stderr
+    assert "__0_0.distcp: cannot write decoder" in done.stderr or "model.safetensors: cannot write model.layers" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = tool(direction, source, tmp_path / "out")
+    assert done.returncode == 0 and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_run_leaves_no_result_and_the_same_command_finishes_it(models: dict[str, Path], tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = [models["llama"], tmp_path / "out", "--shard-gb", "0.00002"]
+    command = [sys.executable, str(ROOT / "tools" / "convert_hf_to_megatron.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.unfinished/__0_1.distcp")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    assert not (tmp_path / "out").exists(), "it was killed too late to prove anything"
+    done = tool("convert_hf_to_megatron", *arguments)
+    assert done.returncode == 0 and "went on after " in done.stdout, done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
