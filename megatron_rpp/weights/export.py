@@ -38,7 +38,15 @@ def export_hf(
     if live.rank == _WRITER:
         stream = (item for bucket in buckets for item in bucket.items())
         try:
-            save_hf(folder, stream, shapes=live.layout.model.hf_shapes, dtype=dtype, source=source, shard_bytes=shard_bytes)
+            save_hf(
+                folder,
+                stream,
+                shapes=live.layout.model.hf_shapes,
+                dtype=dtype,
+                source=source,
+                own_dtypes=live.layout.model.hf_dtypes,
+                shard_bytes=shard_bytes,
+            )
         except (CheckpointError, OSError) as error:
             failure = str(error)
     # The other ranks' share, and what is left of the writer's when it failed: nobody may be kept waiting.

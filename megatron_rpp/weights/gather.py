@@ -34,13 +34,16 @@ def iter_hf_tensors(
     """
     ranks = live.layout.ranks
     target = HFLayout.of(live.layout.model, dtype=dtype or live.layout.dtype, ranks=ranks, holders=holders)
-    agreed = plan(live.layout, target, nodes=live.nodes, bucket_bytes=bucket_bytes)
-    _check_agreement(agreed, live, deadline_s)
+    agreed = plan(live.layout, target, rank=live.rank, nodes=live.nodes, bucket_bytes=bucket_bytes, whole_tensors=True)
+    check_agreement(agreed, live, deadline_s)
     yield from iter_buckets(agreed, live.tensors, group=live.groups.world, deadline_s=deadline_s)
 
 
-def _check_agreement(agreed: Plan, live: LiveWeights, deadline_s: float) -> None:
-    """A plan that differs between ranks would hang, or worse, would not: compare before the first byte."""
+def check_agreement(agreed: Plan, live: LiveWeights, deadline_s: float) -> None:
+    """A plan that differs between ranks would hang, or worse, would not: compare before the first byte.
+
+    Raises: GeometryError naming each rank's plan; DeadlineError.
+    """
     digests = gather_objects(agreed.digest, live.groups.world_cpu, name="compare weight plans", deadline_s=deadline_s)
     if len(set(digests)) != 1:
         raise GeometryError("ranks made different plans", where="weights", got={rank: digest[:12] for rank, digest in enumerate(digests)})

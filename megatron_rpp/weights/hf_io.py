@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -13,10 +14,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rpp.errors import CheckpointError
+from megatron_rpp.weights.raw_file import RawFile, payload, read_rect
 from megatron_rpp.weights.rect import Rect, Shape, as_matrix
 from megatron_rpp.weights.safetensors_file import Entry, read_header, write_header
 
@@ -34,7 +35,7 @@ class HFCheckpoint:
 
     def __init__(self, folder: Path, config: dict[str, Any], entries: dict[str, Entry]) -> None:
         self.dir, self.config, self.entries = folder, config, entries
-        self._open: tuple[Path, Any] | None = None
+        self._file = RawFile()
 
     def __enter__(self) -> HFCheckpoint:
         return self
@@ -43,8 +44,8 @@ class HFCheckpoint:
         self.close()
 
     def close(self) -> None:
-        """Unmaps the file that was read last. Reading again maps it again."""
-        self._open = None
+        """Closes the file that was read last. Reading again opens it again."""
+        self._file.close()
 
     def check(self, shapes: Mapping[str, Shape], ignored: tuple[str, ...] = ()) -> None:
         """Raises CheckpointError unless the directory holds exactly these tensors in these shapes.
@@ -75,18 +76,10 @@ class HFCheckpoint:
         rows, cols = as_matrix(entry.shape)
         if rect.row + rect.rows > rows or rect.col + rect.cols > cols:
             raise CheckpointError(f"{rect.hf} is too small", where=str(entry.file), expected=rect.span, got=entry.shape)
-        span = (slice(rect.row, rect.row + rect.rows), slice(rect.col, rect.col + rect.cols))
         try:
-            taken = self._file(entry.file).get_slice(rect.hf)[span[: len(entry.shape)]]
-        except (SafetensorError, OSError) as error:
+            return read_rect(self._file.stream(entry.file), entry.start, cols, rect, entry.dtype)
+        except (OSError, EOFError) as error:
             raise CheckpointError(f"cannot read {rect.hf}", where=str(entry.file), got=error) from error
-        return taken.view(rect.rows, rect.cols)
-
-    def _file(self, file: Path) -> Any:
-        # One mapped file at a time: readers go through the model in order, and so do its shards.
-        if self._open is None or self._open[0] != file:
-            self._open = (file, safe_open(file, framework="pt"))
-        return self._open[1]
 
 
 def open_hf(folder: Path | str) -> HFCheckpoint:
@@ -146,24 +139,26 @@ def save_hf(
     shapes: Mapping[str, Shape],
     dtype: torch.dtype,
     source: Path | str,
+    own_dtypes: Mapping[str, torch.dtype] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes an HF directory from a stream of whole tensors in any order, holding one at a time.
 
     shapes: every tensor, in the order of the file. source: the HF directory whose config and tokenizer files are carried over;
-    config.json gets the new dtype. All is written beside `folder` under another name and renamed when it is complete and on
-    disk, so `folder` never holds half a model.
+    config.json gets the new dtype. own_dtypes: of the tensors that keep one whatever `dtype` is. All is written beside `folder`
+    under another name and renamed when it is complete and on disk, so `folder` never holds half a model.
     Units: shard_bytes for each file; a larger tensor has one to itself.
-    Raises: CheckpointError when `folder` exists, or a tensor is unknown, doubled, missing or of another shape; OSError.
+    Raises: CheckpointError when `folder` exists, a tensor is unknown, doubled, missing or of another shape, or it cannot be
+    written; OSError.
     """
     folder = Path(folder)
     if folder.exists():
         raise CheckpointError("already exists", where=str(folder), fix="choose another directory or remove it")
     read_json(Path(source) / "config.json")  # fail before the first tensor, not after the last
     with _renamed_when_complete(folder) as unfinished:
-        places = _create_shards(unfinished, shapes, dtype, shard_bytes)
+        places = _create_shards(unfinished, shapes, {name: (own_dtypes or {}).get(name, dtype) for name in shapes}, shard_bytes)
         _write_tensors(places, tensors, folder)
-        _carry_over(Path(source), unfinished, dtype)
+        carry_over(Path(source), unfinished, dtype)
 
 
 @contextmanager
@@ -174,16 +169,17 @@ def _renamed_when_complete(folder: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.chmod(0o755)  # mkdtemp's 0700 would hide the result from everyone else
         for file in unfinished.iterdir():
-            _flush(file)
-        _flush(unfinished)
+            flush(file)
+        flush(unfinished)
         os.rename(unfinished, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Returns when a file, or the list of names of a folder, is on disk. Raises: OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -191,25 +187,38 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _create_shards(folder: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, shard_bytes: int) -> dict[str, Entry]:
-    """Empty files with headers, and the index when there are several."""
+def plan_files(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], shard_bytes: int) -> dict[str, dict[str, Shape]]:
+    """File name -> the tensors that it gets, in order. Units: shard_bytes for each file; a larger tensor has one to itself."""
     shards: list[dict[str, Shape]] = [{}]
     filled = 0
     for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
+        size = math.prod(shape) * dtypes[name].itemsize
         if shards[-1] and filled + size > shard_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = shape
         filled += size
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if len(shards) > 1 else [SINGLE]
-    places: dict[str, Entry] = {}
-    for file, shard in zip(files, shards, strict=True):
-        places |= write_header(folder / file, shard, dtype)
-    if len(shards) > 1:
-        total = sum(entry.num_bytes for entry in places.values())
-        index = {"metadata": {"total_size": total}, "weight_map": {name: entry.file.name for name, entry in places.items()}}
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_index(folder: Path, files: Mapping[str, Mapping[str, Shape]], dtypes: Mapping[str, torch.dtype]) -> None:
+    """The index of a directory of several files; one file alone needs none. Raises: OSError."""
+    if len(files) > 1:
+        total = sum(math.prod(shape) * dtypes[name].itemsize for shard in files.values() for name, shape in shard.items())
+        weight_map = {name: file for file, shard in files.items() for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _create_shards(folder: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], shard_bytes: int) -> dict[str, Entry]:
+    """Empty files with headers, and the index when there are several."""
+    files = plan_files(shapes, dtypes, shard_bytes)
+    places: dict[str, Entry] = {}
+    for file, shard in files.items():
+        places |= write_header(folder / file, shard, dtypes)
+    write_index(folder, files, dtypes)
     return places
 
 
@@ -220,16 +229,19 @@ def _write_tensors(places: Mapping[str, Entry], tensors: Iterable[tuple[str, Ten
         if place is None or name in written or tuple(tensor.shape) != place.shape:
             expected = "no such tensor" if place is None else "one copy of it" if name in written else place.shape
             raise CheckpointError(f"cannot write {name}", where=str(folder), expected=expected, got=tuple(tensor.shape))
-        payload = tensor.detach().to(device="cpu", dtype=place.dtype).contiguous().flatten().view(torch.uint8)
-        with place.file.open("r+b") as stream:
-            stream.seek(place.start)
-            stream.write(memoryview(payload.numpy()))
+        try:
+            with place.file.open("r+b") as stream:
+                stream.seek(place.start)
+                stream.write(payload(tensor.detach().to(device="cpu", dtype=place.dtype).contiguous()))
+        except OSError as error:
+            raise CheckpointError(f"cannot write {name}", where=str(folder / place.file.name), got=error) from error
         written.add(name)
     if missing := sorted(places.keys() - written):
         raise CheckpointError("the stream of tensors ended early", where=str(folder), expected=_some(missing))
 
 
-def _carry_over(source: Path, folder: Path, dtype: torch.dtype) -> None:
+def carry_over(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Copies what an HF directory needs besides weights; config.json gets the dtype. Raises: CheckpointError, OSError."""
     for pattern in _CARRIED:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and not file.name.endswith(".index.json") and not (folder / file.name).exists():

@@ -6,6 +6,7 @@ and compare by value: every rank builds its own and all of them agree.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -16,7 +17,7 @@ from megatron_rpp.errors import GeometryError
 from megatron_rpp.weights.families.parameter import Model, Parameter
 from megatron_rpp.weights.rect import Local, Piece, Rect, Shape, as_matrix
 
-VOCAB_MULTIPLE = 128  # Megatron's default make_vocab_size_divisible_by
+VOCAB_MULTIPLE = 128  # Megatron's default make_vocab_size_divisible_by, for each tp rank
 
 
 class Layout(Protocol):
@@ -38,12 +39,15 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class MegatronLayout:
-    """Megatron's layout, rank = tp_rank + tp * (replica + replicas * pp_rank); replicas = cp * dp hold equal weights.
+    """Megatron's layout, rank = tp_rank + tp * (replica + replicas * pp_rank); replicas = cp * dp hold equal dense weights.
 
+    Within a stage, rank i = tp_rank + tp * replica holds of the routed experts what etp_rank = i % etp and
+    ep_rank = (i // etp) % ep say: Megatron's order "tp-cp-ep-dp-pp" counts twice, once for experts. Experts are contiguous:
+    ep_rank has [ep_rank * E / ep, (ep_rank + 1) * E / ep), and etp cuts each of them as tp cuts a dense MLP.
     layers: for every pipeline stage the layers it really holds (from 0, over the whole model). Read them off live modules:
     uneven stages and account_for_embedding_in_pipeline_split make any arithmetic wrong. `even` is for tests and estimates.
     padded_vocab: rows of the embedding over all tp ranks.
-    Raises: GeometryError for layers that are not held exactly once and heads that tp cannot cut.
+    Raises: GeometryError for layers that are not held exactly once, and for heads and experts that do not divide.
     """
 
     model: Model
@@ -52,6 +56,8 @@ class MegatronLayout:
     dtype: torch.dtype
     padded_vocab: int
     replicas: int = 1
+    ep: int = 1
+    etp: int = 1
 
     def __post_init__(self) -> None:
         dims, held = self.model.dims, sorted(n for stage in self.layers for n in stage)
@@ -64,10 +70,17 @@ class MegatronLayout:
         if self.padded_vocab < dims.vocab or self.padded_vocab % self.tp:
             got = f"{self.padded_vocab} rows for {dims.vocab} tokens, tp {self.tp}"
             raise GeometryError("the padded vocabulary does not hold the vocabulary in equal parts", where="layout", got=got)
+        check_experts(dims.experts, self.ep, where="parallel.ep")
+        if self.stage_ranks % (self.ep * self.etp):
+            got = f"{self.stage_ranks} ranks for ep {self.ep} x etp {self.etp}"
+            raise GeometryError("the ranks of a stage do not make equal expert groups", where="parallel.ep", got=got)
 
     @classmethod
-    def even(cls, model: Model, *, tp: int = 1, pp: int = 1, vpp: int = 1, replicas: int = 1, dtype: torch.dtype) -> MegatronLayout:
-        """The default placement: as many layers on every stage and chunk, interleaved over stages when vpp > 1."""
+    def even(cls, model: Model, *, pp: int = 1, vpp: int = 1, tp: int = 1, dtype: torch.dtype, **more: int) -> MegatronLayout:
+        """The default placement: as many layers on every stage and chunk, interleaved over stages when vpp > 1.
+
+        more: replicas, ep, etp. Raises: GeometryError when the layers do not divide.
+        """
         layers = model.dims.layers
         if layers % (pp * vpp) or (vpp > 1 and pp == 1):
             raise GeometryError(f"{layers} layers do not make {pp} stages of {vpp} chunks", where="pipeline", fix="vpp > 1 needs pp > 1")
@@ -76,7 +89,7 @@ class MegatronLayout:
             tuple(n for chunk in range(vpp) for n in range((chunk * pp + stage) * each, (chunk * pp + stage + 1) * each))
             for stage in range(pp)
         )
-        return cls(model, tp, held, dtype, pad_vocab(model.dims.vocab, tp), replicas)
+        return cls(model, tp, held, dtype, pad_vocab(model.dims.vocab, VOCAB_MULTIPLE * tp), **more)
 
     @property
     def pp(self) -> int:
@@ -84,23 +97,36 @@ class MegatronLayout:
         return len(self.layers)
 
     @property
+    def stage_ranks(self) -> int:
+        """Ranks of one stage."""
+        return self.tp * self.replicas
+
+    @property
     def ranks(self) -> int:
-        return self.tp * self.replicas * self.pp
+        return self.stage_ranks * self.pp
 
     def stage(self, rank: int) -> int:
-        return rank // (self.tp * self.replicas)
+        return rank // self.stage_ranks
 
     def locals(self, rank: int) -> tuple[Local, ...]:
-        return self._table[self.stage(rank)][rank % self.tp]
+        index = rank % self.stage_ranks
+        key = (self.stage(rank), index % self.tp, index % self.etp, index // self.etp % self.ep)
+        if key not in self._made:
+            self._made[key] = tuple(self._locals(*key))
+        return self._made[key]
 
     @cached_property
-    def _table(self) -> tuple[tuple[tuple[Local, ...], ...], ...]:
-        """Locals by stage and tp rank; replicas share them."""
-        make = {"dtype": self.dtype, "padded_vocab": self.padded_vocab}
-        return tuple(
-            tuple(tuple(parameter.local(tp_rank, self.tp, **make) for parameter in self.parameters(stage)) for tp_rank in range(self.tp))
-            for stage in range(self.pp)
-        )
+    def _made(self) -> dict[tuple[int, int, int, int], tuple[Local, ...]]:
+        """Locals by (stage, tp rank, etp rank, ep rank); replicas share them. Filled as ranks are asked for."""
+        return {}
+
+    def _locals(self, stage: int, tp_rank: int, etp_rank: int, ep_rank: int) -> Iterator[Local]:
+        own = expert_range(self.model.dims.experts, self.ep, ep_rank)
+        for parameter in self.parameters(stage):
+            if parameter.expert is None:
+                yield parameter.local(tp_rank, self.tp, dtype=self.dtype, padded_vocab=self.padded_vocab)
+            elif parameter.expert in own:
+                yield parameter.local(etp_rank, self.etp, dtype=self.dtype, padded_vocab=self.padded_vocab)
 
     def parameters(self, stage: int) -> tuple[Parameter, ...]:
         """The parameters of a stage: the embedding with the first, the final norm and the head with the last."""
@@ -114,27 +140,41 @@ class MegatronLayout:
         return tuple(found)
 
 
-def pad_vocab(vocab: int, tp: int, multiple: int = VOCAB_MULTIPLE) -> int:
-    """Rows of Megatron's embedding over all tp ranks: the next multiple of `multiple` x tp."""
-    unit = multiple * tp
-    return -(-vocab // unit) * unit
+def pad_vocab(vocab: int, multiple: int) -> int:
+    """Rows of an embedding whose padding makes them a multiple of `multiple`."""
+    return -(-vocab // multiple) * multiple
+
+
+def check_experts(experts: int, ep: int, *, where: str) -> None:
+    """Raises: GeometryError when ep ranks cannot share the experts equally; a dense model has none to share."""
+    if (experts or 1) % ep:
+        raise GeometryError(f"{experts} experts cannot be shared by {ep} ranks", where=where, fix="ep must divide the experts")
+
+
+def expert_range(experts: int, ep: int, ep_rank: int) -> range:
+    """The experts of an ep rank, contiguous on both sides."""
+    return range(ep_rank * experts // ep, (ep_rank + 1) * experts // ep)
 
 
 @dataclass(frozen=True)
 class HFLayout:
-    """Whole HF tensors on each of `holders` (engine leaders, or the one rank that writes a file); nothing elsewhere."""
+    """Whole HF tensors on each of `holders` (engine leaders, or the one rank that writes a file); nothing elsewhere.
+
+    dtypes: of the tensors that have one of their own; all others take `dtype`.
+    """
 
     shapes: tuple[tuple[str, Shape], ...]
     dtype: torch.dtype
     ranks: int
     holders: tuple[int, ...]
+    dtypes: tuple[tuple[str, torch.dtype], ...] = ()
 
     @classmethod
     def of(cls, model: Model, *, dtype: torch.dtype, ranks: int, holders: tuple[int, ...]) -> HFLayout:
         """The layout of a model's HF tensors. Raises: GeometryError when a holder is no rank, or there is none."""
         if not holders or not all(0 <= rank < ranks for rank in holders):
             raise GeometryError("the holders are not ranks", where="HFLayout", expected=f"some of 0..{ranks - 1}", got=holders)
-        return cls(tuple(model.hf_shapes.items()), dtype, ranks, holders)
+        return cls(tuple(model.hf_shapes.items()), dtype, ranks, holders, tuple(model.hf_dtypes.items()))
 
     def stage(self, rank: int) -> int:
         return 0
@@ -144,4 +184,7 @@ class HFLayout:
 
     @cached_property
     def _whole(self) -> tuple[Local, ...]:
-        return tuple(Local(name, shape, self.dtype, (Piece(Rect(name, 0, 0, *as_matrix(shape))),)) for name, shape in self.shapes)
+        own = dict(self.dtypes)
+        return tuple(
+            Local(name, shape, own.get(name, self.dtype), (Piece(Rect(name, 0, 0, *as_matrix(shape))),)) for name, shape in self.shapes
+        )

@@ -1,7 +1,8 @@
 """From two layouts to the list of copies between them: rectangle intersection, one source for each element, in buckets.
 
-Pure and deterministic: every rank computes the whole plan from the same two layouts, nothing is broadcast. What varies
-between models and layouts is in the rectangles; nothing here knows a model.
+Pure and deterministic: every rank works out from the same two layouts who sends what to whom, for groups of equal ranks at
+once, and lists only the transfers that it takes part in; nothing is broadcast. What varies between models and layouts is in
+the rectangles; nothing here knows a model.
 Source: rectangle intersection as in Megatron-Core's core/resharding; that one plans on rank 0 from gathered metadata, knows
 one pipeline chunk a rank, and keeps to Megatron's own layouts.
 """
@@ -9,93 +10,36 @@ one pipeline chunk a rank, and keeps to Megatron's own layouts.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-import torch
-
 from megatron_rpp.errors import GeometryError
+from megatron_rpp.weights.buckets import Bucket, Sections, Transfer, cut_between_tensors, cut_evenly, grain_bytes
+from megatron_rpp.weights.flows import Flow, Group, flows_between, groups_of
 from megatron_rpp.weights.layout import Layout
-from megatron_rpp.weights.rect import Local, Piece, Rect, check_disjoint
+from megatron_rpp.weights.rect import Local
+from megatron_rpp.weights.senders import Lane, lanes_of
 
 BUCKET_BYTES = 512 * 2**20
-ALIGN_BYTES = 8  # the widest element that a message may hold
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """One rectangle from one tensor of rank `src` into one tensor of rank `dst` (equal ranks: a copy on the GPU).
-
-    dtype: on the wire, the receiver's; the sender casts while it packs.
-    """
-
-    rect: Rect
-    src: int
-    src_local: str
-    src_piece: Piece
-    dst: int
-    dst_local: str
-    dst_piece: Piece
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the rectangle on the wire."""
-        return self.rect.area * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Transfers that travel together. `completed[rank]` are the tensors of that rank which this bucket fills, whole."""
-
-    transfers: tuple[Transfer, ...]
-    completed: Mapping[int, tuple[Local, ...]]
-
-    @cached_property
-    def _by_pair(self) -> dict[tuple[int, int], tuple[Transfer, ...]]:
-        pairs: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
-        for transfer in self.transfers:
-            pairs[transfer.src, transfer.dst].append(transfer)
-        # Wider elements first: every segment of a block then starts at a multiple of its own element size.
-        return {pair: tuple(sorted(found, key=lambda t: -t.dtype.itemsize)) for pair, found in pairs.items()}
-
-    @property
-    def is_local(self) -> bool:
-        """True when no rank has anything for another, as where every holder has the whole model. The same on all ranks."""
-        return all(src == dst for src, dst in self._by_pair)
-
-    def between(self, src: int, dst: int) -> tuple[Transfer, ...]:
-        """Transfers from src to dst in the order in which they lie in the message."""
-        return self._by_pair.get((src, dst), ())
-
-    def message_bytes(self, src: int, dst: int) -> int:
-        """Length of the message from src to dst: its transfers, rounded up so that the next message starts aligned."""
-        payload = sum(transfer.num_bytes for transfer in self.between(src, dst))
-        return -(-payload // ALIGN_BYTES) * ALIGN_BYTES if src != dst else 0
-
-    def sent_bytes(self, rank: int) -> int:
-        """Bytes that a rank puts on the wire; copies on one GPU do not count."""
-        return sum(self.message_bytes(*pair) for pair in self._by_pair if pair[0] == rank)
-
-    def received_bytes(self, rank: int) -> int:
-        """Bytes that a rank takes off the wire."""
-        return sum(self.message_bytes(*pair) for pair in self._by_pair if pair[1] == rank)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All transfers between two layouts over `ranks` ranks."""
+    """The transfers between two layouts over `ranks` ranks: all of them, or those of one rank.
+
+    is_local: no rank has anything for another, as where every holder has the whole model. The same on all ranks.
+    """
 
     ranks: int
     buckets: tuple[Bucket, ...]
+    schedule: Schedule
+    is_local: bool
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """Equal on two ranks exactly when they will exchange the same bytes in the same order."""
-        text = "\n".join(repr(bucket.transfers) for bucket in self.buckets)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Equal on two ranks exactly when they will exchange the same bytes in the same order, whatever each one's view."""
+        return self.schedule.digest
 
     @property
     def transfers(self) -> Iterator[Transfer]:
@@ -106,116 +50,113 @@ class Plan:
         """Bytes that a rank puts on the wire in all buckets."""
         return sum(bucket.sent_bytes(rank) for bucket in self.buckets)
 
+    def received_bytes(self, rank: int) -> int:
+        """Bytes that a rank takes off the wire in all buckets."""
+        return sum(bucket.received_bytes(rank) for bucket in self.buckets)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """What all ranks agree on, before anyone lists transfers: flows, who sends which share of them, and where they are cut."""
+
+    sources: tuple[Group, ...]
+    targets: tuple[Group, ...]
+    flows: tuple[Flow, ...]
+    lanes: tuple[Lane, ...]
+    sections: Sections
+    grain_bytes: int
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the whole schedule."""
+        found = hashlib.sha256(repr((self.grain_bytes, self.sections.cuts)).encode())
+        for lane in self.lanes:
+            found.update(repr((lane.flow, lane.src, lane.dst, lane.start, lane.stop)).encode())
+        for flow in self.flows:
+            for part in flow.parts:
+                places = [(number, name, at.row, at.col, at.index) for number, (name, at) in part.held.places.items()]
+                rect, at = part.rect, part.piece
+                wanted = (part.local.name, str(part.local.dtype), at.row, at.col, at.index)
+                found.update(repr((rect.hf, rect.row, rect.col, rect.rows, rect.cols, wanted, places)).encode())
+        return found.hexdigest()
+
+    @cached_property
+    def _group_of(self) -> dict[int, int]:
+        return {rank: number for number, group in enumerate(self.sources) for rank in group.ranks}
+
+    def transfers(self, bucket: int, lanes: tuple[Lane, ...]) -> tuple[Transfer, ...]:
+        """What travels on some lanes in one bucket."""
+        found = []
+        for lane in lanes:
+            flow, group = self.flows[lane.flow], self._group_of[lane.src]
+            start, stop = self.sections.of(lane, flow.num_bytes, bucket)
+            for part, rect in flow.between(start, stop, self.grain_bytes):
+                src_local, src_piece = part.held.places[group]
+                wanted = part.local
+                found.append(Transfer(rect, lane.src, src_local, src_piece, lane.dst, wanted.name, part.piece, wanted.dtype))
+        return tuple(found)
+
+    def completed(self, buckets: list[tuple[Transfer, ...]], rank: int | None) -> list[dict[int, tuple[Local, ...]]]:
+        """For each bucket the tensors whose last element it brings, on `rank` or on all; those of padding alone with the first."""
+        last: dict[tuple[int, str], int] = {}
+        for number, transfers in enumerate(buckets):
+            last |= {(t.dst, t.dst_local): number for t in transfers if rank in (None, t.dst)}
+        found: list[dict[int, list[Local]]] = [{} for _ in buckets]
+        for group in self.targets if buckets else ():
+            for one in group.ranks if rank is None else {rank}.intersection(group.ranks):
+                for local in group.locals:
+                    found[last.get((one, local.name), 0)].setdefault(one, []).append(local)
+        return [{one: tuple(whole) for one, whole in by_rank.items()} for by_rank in found]
+
 
 @lru_cache(maxsize=8)
-def plan(src: Layout, dst: Layout, *, nodes: tuple[int, ...] | None = None, bucket_bytes: int = BUCKET_BYTES) -> Plan:
-    """The transfers that fill every tensor of `dst` from `src`.
+def plan(
+    src: Layout,
+    dst: Layout,
+    *,
+    rank: int | None = None,
+    nodes: tuple[int, ...] | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    whole_tensors: bool = False,
+) -> Plan:
+    """The transfers that fill every tensor of `dst` from `src`: those that `rank` sends or receives, or all of them (None).
 
-    Each rectangle comes from one rank: the same GPU before the same node before another node, then the one that has sent
-    least. nodes[rank]: node of each rank, None when all share one. A tensor is never split over buckets, so that the receiver
-    can hand on whole ones. Cached by the value of the arguments: the plan of a run is made once.
-    Units: bucket_bytes bounds what any rank sends, and what it receives, in a bucket; a tensor larger than that travels alone.
-    For all stages to send in every bucket it must be several times pp x the largest tensor.
-    Raises: GeometryError when src does not hold some element of dst, or holds it in overlapping rectangles.
+    Each rectangle comes from the same GPU before the same node before another node; equally near holders share it so that
+    the busiest sends as little as can be. nodes[rank]: node of each rank, None when all share one.
+    whole_tensors: False cuts tensors, so that every bucket holds the same fraction of what any rank has for any other. True
+    keeps each tensor in one bucket, for receivers that hand on whole ones; one larger than a bucket then travels alone, and
+    for all stages to send in every bucket this must be several times pp x the largest tensor.
+    Cached by the value of the arguments: the plan of a run is made once.
+    Units: bucket_bytes bounds what any rank sends, and what it gets (copies on its own GPU included), in a bucket.
+    Raises: GeometryError when src does not hold some element of dst, or holds it in overlapping rectangles; when buckets are
+    too small to cut anything.
     """
     ranks = max(src.ranks, dst.ranks)
-    nodes = nodes or (0,) * ranks
+    found = _schedule(src, dst, nodes or (0,) * ranks, bucket_bytes, whole_tensors)
+    lanes = found.lanes if rank is None else tuple(lane for lane in found.lanes if rank in (lane.src, lane.dst))
+    transfers = [found.transfers(number, lanes) for number in range(found.sections.count)]
+    buckets = tuple(map(Bucket, transfers, found.completed(transfers, rank)))
+    return Plan(ranks, buckets, found, all(lane.is_local for lane in found.lanes))
+
+
+@lru_cache(maxsize=4)
+def _schedule(src: Layout, dst: Layout, nodes: tuple[int, ...], bucket_bytes: int, whole_tensors: bool) -> Schedule:
+    ranks = max(src.ranks, dst.ranks)
     if len(nodes) != ranks:
         raise GeometryError("one node for each rank", where="planner", expected=ranks, got=len(nodes))
-    sources = _Sources(src, nodes)
-    by_name: dict[str, list[Transfer]] = {}
-    filled: dict[str, dict[int, Local]] = defaultdict(dict)
-    for rank in range(dst.ranks):
-        for local in dst.locals(rank):
-            filled[local.name][rank] = local
-            transfers = by_name.setdefault(local.name, [])
-            for piece in local.pieces:
-                transfers += sources.fetch(rank, local, piece)
-    return Plan(ranks, tuple(_buckets(src, by_name, filled, bucket_bytes)))
+    sources, targets = groups_of(src), groups_of(dst)
+    flows = flows_between(sources, targets)
+    lanes = lanes_of(flows, nodes)
+    if whole_tensors:
+        sections = cut_between_tensors(flows, lanes, names=_names(targets), stage=src.stage, bucket_bytes=bucket_bytes)
+    else:
+        sections = cut_evenly(flows, lanes, bucket_bytes)
+    return Schedule(sources, targets, flows, lanes, sections, grain_bytes(bucket_bytes))
 
 
-class _Sources:
-    """The holders of every HF rectangle in a layout, and what each rank has been asked to send so far."""
-
-    def __init__(self, layout: Layout, nodes: tuple[int, ...]) -> None:
-        self._nodes = nodes
-        self._sent: dict[int, int] = defaultdict(int)
-        # HF tensor -> distinct rectangle of it -> (rank, local name, piece) of all that hold it
-        self._holders: dict[str, dict[Rect, list[tuple[int, str, Piece]]]] = defaultdict(lambda: defaultdict(list))
-        for rank in range(layout.ranks):
-            for local in layout.locals(rank):
-                for piece in local.pieces:
-                    self._holders[piece.rect.hf][piece.rect].append((rank, local.name, piece))
-
-    def fetch(self, rank: int, local: Local, piece: Piece) -> list[Transfer]:
-        """The transfers that fill one piece of one local tensor of `rank`."""
-        found = []
-        for rect, holders in self._holders[piece.rect.hf].items():
-            part = piece.rect.intersect(rect)
-            if part is None:
-                continue
-            src, name, src_piece = min(holders, key=lambda holder: self._cost(holder[0], rank))
-            transfer = Transfer(part, src, name, src_piece, rank, local.name, piece, local.dtype)
-            self._sent[src] += transfer.num_bytes * (src != rank)
-            found.append(transfer)
-        check_disjoint(transfer.rect for transfer in found)
-        covered = sum(transfer.rect.area for transfer in found)
-        if covered != piece.rect.area:
-            where = f"{local.name} on rank {rank}"
-            raise GeometryError(f"no source holds all of {piece.rect.span}", where=where, expected=piece.rect.area, got=covered)
-        return found
-
-    def _cost(self, src: int, dst: int) -> tuple[bool, bool, int, int]:
-        return (src != dst, self._nodes[src] != self._nodes[dst], self._sent[src], src)
-
-
-def _buckets(
-    src: Layout, by_name: Mapping[str, list[Transfer]], filled: Mapping[str, Mapping[int, Local]], bucket_bytes: int
-) -> Iterator[Bucket]:
-    """Cut the tensors, spread over the pipeline stages, into runs of at most bucket_bytes for every rank."""
-    names: list[str] = []
-    load: dict[tuple[str, int], int] = defaultdict(int)
-    for name in _spread(src, by_name):
-        more: dict[tuple[str, int], int] = defaultdict(int)
-        for transfer in by_name[name]:
-            more["receive", transfer.dst] += transfer.num_bytes
-            if transfer.src != transfer.dst:
-                more["send", transfer.src] += transfer.num_bytes
-        if names and any(load[end] + count > bucket_bytes for end, count in more.items()):
-            yield _bucket(names, by_name, filled)
-            names, load = [], defaultdict(int)
-        names.append(name)
-        for end, count in more.items():
-            load[end] += count
-    if names:
-        yield _bucket(names, by_name, filled)
-
-
-def _bucket(names: list[str], by_name: Mapping[str, list[Transfer]], filled: Mapping[str, Mapping[int, Local]]) -> Bucket:
-    completed: dict[int, list[Local]] = defaultdict(list)
-    for name in names:
-        for rank, local in filled[name].items():
-            completed[rank].append(local)
-    transfers = tuple(transfer for name in names for transfer in by_name[name])
-    return Bucket(transfers, {rank: tuple(found) for rank, found in completed.items()})
-
-
-def _spread(src: Layout, by_name: Mapping[str, list[Transfer]]) -> list[str]:
-    """Names in an order in which all stages progress together.
-
-    In model order one stage would send while the others wait. A tensor's place is the fraction of its own stage's bytes that
-    come before its middle, so any run of the order takes nearly the same share of every stage.
-    """
-    stage_of, size = {}, {}
-    for name, transfers in by_name.items():
-        shares: dict[int, int] = defaultdict(int)
-        for transfer in transfers:
-            shares[src.stage(transfer.src)] += transfer.num_bytes
-        stage_of[name] = max(shares, key=lambda stage: (shares[stage], -stage), default=0)
-        size[name] = sum(shares.values())
-    total: dict[int, int] = defaultdict(int)
-    place = {}
-    for name in by_name:
-        place[name] = total[stage_of[name]] + size[name] / 2
-        total[stage_of[name]] += size[name]
-    return sorted(by_name, key=lambda name: (place[name] / max(total[stage_of[name]], 1), stage_of[name]))
+def _names(targets: tuple[Group, ...]) -> list[str]:
+    """Of all tensors, each once, in model order."""
+    every: dict[str, Local] = {}
+    for group in targets:
+        every |= {local.name: local for local in group.locals}
+    return list(every)

@@ -101,22 +101,31 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> tuple[Entry, 
     return entry, data_start + end
 
 
-def write_header(file: Path, shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, Entry]:
+def write_header(file: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> dict[str, Entry]:
     """Creates a file of its final size, whose tensors are still to be written at their `start`.
 
     Raises: CheckpointError for a dtype that weights cannot have; OSError.
     """
-    if dtype not in _NAMES:
-        raise CheckpointError("cannot store this dtype", where=str(file), expected=sorted(DTYPES), got=dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    text, num_bytes = make_header(file, shapes, dtypes)
+    with file.open("xb") as stream:
+        stream.write(text)
+        stream.truncate(len(text) + num_bytes)
+    return read_header(file)
+
+
+def make_header(file: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> tuple[bytes, int]:
+    """(what a file begins with, bytes of the tensors that follow it one after the other). file: for messages.
+
+    Raises: CheckpointError for a dtype that weights cannot have.
+    """
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        if dtypes[name] not in _NAMES:
+            raise CheckpointError(f"cannot store this dtype, that of {name}", where=str(file), expected=sorted(DTYPES), got=dtypes[name])
+        end = offset + math.prod(shape) * dtypes[name].itemsize
+        fields[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    with file.open("xb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + offset)
-    return read_header(file)
+    return struct.pack("<Q", len(text)) + text, offset

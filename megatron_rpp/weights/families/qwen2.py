@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_rpp.weights.families import llama
 from megatron_rpp.weights.families.blocks import grouped_qkv
-from megatron_rpp.weights.families.parameter import Dims, Model, Parameter
+from megatron_rpp.weights.families.dims import Dims
+from megatron_rpp.weights.families.parameter import Model, Parameter
 
 
 def describe(config: Mapping[str, Any]) -> Model:
@@ -16,6 +17,11 @@ def describe(config: Mapping[str, Any]) -> Model:
 
 
 def layer(dims: Dims, n: int) -> tuple[Parameter, ...]:
-    """Llama's layer and one fused bias."""
+    """The parameters of layer n of the whole model."""
+    return (*attention(dims, n), *llama.mlp(dims, n))
+
+
+def attention(dims: Dims, n: int) -> tuple[Parameter, ...]:
+    """Llama's attention and one fused bias."""
     bias = grouped_qkv(f"decoder.layers.{n}.self_attention.linear_qkv.bias", f"model.layers.{n}.self_attn", dims, kind="bias")
-    return (*llama.layer(dims, n), bias)
+    return (*llama.attention(dims, n), bias)

@@ -6,12 +6,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_rpp.errors import ConfigError
-from megatron_rpp.weights.families import llama, qwen2, qwen3
+from megatron_rpp.weights.families import deepseek_v2, deepseek_v3, llama, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
 from megatron_rpp.weights.families.parameter import Model
 
 Describe = Callable[[Mapping[str, Any]], Model]
 
-FAMILIES: dict[str, Describe] = {"llama": llama.describe, "qwen2": qwen2.describe, "qwen3": qwen3.describe}
+FAMILIES: dict[str, Describe] = {
+    "llama": llama.describe,
+    "qwen2": qwen2.describe,
+    "qwen3": qwen3.describe,
+    "qwen2_moe": qwen2_moe.describe,
+    "qwen3_moe": qwen3_moe.describe,
+    "mixtral": mixtral.describe,
+    "deepseek_v2": deepseek_v2.describe,
+    "deepseek_v3": deepseek_v3.describe,
+}
 
 
 def describe(config: Mapping[str, Any]) -> Model:

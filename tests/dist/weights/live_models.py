@@ -35,13 +35,16 @@ def groups_of(parallel: Parallel) -> Groups:
 
 
 def named(layout: MegatronLayout, rank: int) -> list[Named]:
-    """The parameters of a rank as live modules of one chunk name them: layers counted from 0 in each."""
+    """The parameters of a rank as live modules of one chunk name them: layers, and experts, counted from 0 in each."""
     tensors = filled(layout, random_hf(layout.model, layout.dtype))[rank]
     own = layout.layers[layout.stage(rank)]
+    share = layout.model.dims.experts // layout.ep
     found: list[Named] = []
     for local in layout.locals(rank):
         layer = int(local.name.split(".")[2]) if ".layers." in local.name else None
         name = local.name if layer is None else re.sub(r"layers\.\d+", f"layers.{own.index(layer)}", local.name)
+        if expert := re.search(r"\.experts\.linear_fc\d\.weight(?P<number>\d+)$", name):
+            name = name[: expert.start("number")] + str(int(expert["number"]) % share)
         found.append((name, layer, tensors[local.name]))
     return found
 

@@ -51,6 +51,27 @@ def test_leaders_get_every_hf_tensor_of_the_real_layers_and_the_others_take_part
     assert sorted(sizes[0])[-2] <= 5000
 
 
+def experts(stages: tuple[tuple[int, ...], ...]) -> MegatronLayout:
+    """Four ranks a stage: two of tensor parallelism, of experts two of ep and two that cut each. No replica of any expert."""
+    return MegatronLayout(model_of("deepseek_v3, router bias"), 2, stages, torch.float32, 512, replicas=2, ep=2, etp=2)
+
+
+def gather_experts(rank: int, pp: int) -> None:
+    layout = experts(((0, 1, 2, 3),) if pp == 1 else ((0,), (1, 2, 3)))  # a first stage without experts knows nothing of ep
+    live = live_of(layout, Parallel(tp=2, dp=2, pp=pp))
+    assert live.layout == layout
+    hf, received = random_hf(layout.model), {}
+    for bucket in iter_hf_tensors(live, (1,), bucket_bytes=20_000, deadline_s=DEADLINE_S):
+        received |= bucket
+    assert received.keys() == (hf.keys() if rank == 1 else set())
+    assert all(same(received[key], hf[key]) for key in received)
+
+
+def test_the_share_of_the_experts_is_read_off_the_modules_and_each_arrives_under_its_own_number() -> None:
+    run_ranks(4, gather_experts, 1)
+    run_ranks(8, gather_experts, 2)
+
+
 def export_then_load(rank: int, folder: str, source: str) -> None:
     live = live_of(uneven(), PARALLEL)
     export_hf(live, folder, source=source, bucket_bytes=5000, shard_bytes=20_000, deadline_s=DEADLINE_S)

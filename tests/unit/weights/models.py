@@ -35,15 +35,43 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3, tied, 2 KV heads": {"model_type": "qwen3", **SIZES, "head_dim": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
 }
 
+MOE_SIZES = {**SIZES, "num_hidden_layers": 4, "moe_intermediate_size": 16}
+QWEN_MOE = {**MOE_SIZES, "num_experts": 8}
+DEEPSEEK = {
+    **MOE_SIZES,
+    "num_key_value_heads": 8,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
+
+# The same with experts. "some layers dense" is no model for SGLang.
+MOE_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"model_type": "qwen3_moe", **QWEN_MOE, "head_dim": 6},
+    "qwen3_moe, some layers dense": {"model_type": "qwen3_moe", **QWEN_MOE, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    "qwen2_moe, shared expert": {"model_type": "qwen2_moe", **QWEN_MOE, "shared_expert_intermediate_size": 40, "mlp_only_layers": []},
+    "mixtral": {"model_type": "mixtral", **MOE_SIZES, "num_local_experts": 8},
+    "deepseek_v2-lite, whole query": {"model_type": "deepseek_v2", **DEEPSEEK, "q_lora_rank": None},
+    "deepseek_v2": {"model_type": "deepseek_v2", **DEEPSEEK},
+    "deepseek_v3, router bias": {"model_type": "deepseek_v3", **DEEPSEEK, "topk_method": "noaux_tc", "num_nextn_predict_layers": 1},
+}
+ALL_CONFIGS = CONFIGS | MOE_CONFIGS
+
 
 def model_of(name: str) -> Model:
-    return describe(CONFIGS[name])
+    return describe(ALL_CONFIGS[name])
 
 
 def random_hf(model: Model, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
     """Every element of the model is different, so that a misplaced one cannot go unseen (up to bfloat16's rounding)."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in model.hf_shapes.items()}
+    own = model.hf_dtypes
+    return {name: torch.randn(shape, generator=generator).to(own.get(name, dtype)) for name, shape in model.hf_shapes.items()}
 
 
 def blank(locals_: tuple[Local, ...]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_rpp.errors import ConfigError, GeometryError, RppError
 from megatron_rpp.weights.layout import MegatronLayout
-from megatron_rpp.weights.live import Named, bind, vocab_rows
+from megatron_rpp.weights.live import Named, bind, expert_split, global_name, vocab_rows
 from tests.unit.weights.models import model_of
 
 LAYOUT = MegatronLayout.even(model_of("qwen2, biases"), tp=2, pp=2, vpp=2, dtype=torch.float32)
@@ -81,3 +81,66 @@ def test_the_height_of_the_vocabulary_shard_comes_from_whichever_end_the_stage_h
     assert vocab_rows(live_parameters()) == 256
     assert vocab_rows([("embedding.word_embeddings.weight", None, torch.zeros(192, 24))]) == 192
     assert vocab_rows([(NORM, None, torch.zeros(24))]) is None
+
+
+EXPERTS = MegatronLayout.even(model_of("deepseek_v3, router bias"), tp=2, pp=2, replicas=2, ep=2, etp=2, dtype=torch.bfloat16)
+
+
+def live_experts(rank: int, *, is_local_spec: bool) -> list[Named]:
+    """As a rank's modules name them: experts from 0, and in the torch spec norms and experts as modules of their own."""
+    own = {"linear_q_up_proj.layer_norm_weight": "q_layernorm.weight", "linear_kv_up_proj.layer_norm_weight": "kv_layernorm.weight"}
+    own["mlp.linear_fc1.layer_norm_weight"] = "pre_mlp_layernorm.weight"
+    found: list[Named] = []
+    for local in EXPERTS.locals(rank):
+        layer = int(local.name.split(".")[2]) if ".layers." in local.name else None
+        name = local.name if layer is None else re.sub(r"layers\.\d+", f"layers.{layer % 2}", local.name)
+        if expert := re.search(r"experts\.(linear_fc\d\.weight)(\d+)$", name):
+            number = int(expert[2]) % 4
+            tail = f"local_experts.{number}.{expert[1]}" if is_local_spec else f"{expert[1]}{number}"
+            name = name[: expert.start()] + "experts." + tail
+        for fused, module in own.items() if is_local_spec else ():
+            name = name.replace(fused, module)
+        found.append((name, layer, torch.zeros(local.shape, dtype=local.dtype)))
+    return found
+
+
+@pytest.mark.parametrize("is_local_spec", [False, True])
+@pytest.mark.parametrize(("rank", "first"), [(1, 0), (2, 4), (7, 4)])
+def test_experts_are_bound_by_their_number_in_the_model_under_either_spec(rank: int, first: int, is_local_spec: bool) -> None:
+    live = live_experts(rank, is_local_spec=is_local_spec)
+    assert expert_split(EXPERTS.model, live) == (2, 2)
+    bound = bind(EXPERTS.locals(rank), live, first_expert=first)
+    assert list(bound) == [local.name for local in EXPERTS.locals(rank)]
+    by_pointer = {tensor.data_ptr(): name for name, _, tensor in live}
+    layer = 1 if rank < 4 else 2
+    name = by_pointer[bound[f"decoder.layers.{layer}.mlp.experts.linear_fc2.weight{first + 3}"].data_ptr()]
+    tail = "local_experts.3.linear_fc2.weight" if is_local_spec else "linear_fc2.weight3"
+    assert name == f"decoder.layers.{layer % 2}.mlp.experts.{tail}"
+
+
+def test_experts_of_another_rank_are_not_this_ranks() -> None:
+    with pytest.raises(ConfigError, match=r"described but not live: .*experts.linear_fc1.weight4"):
+        bind(EXPERTS.locals(2), live_experts(2, is_local_spec=False), first_expert=0)
+
+
+def test_a_stage_without_experts_says_nothing_about_their_share() -> None:
+    assert expert_split(model_of("llama"), live_parameters()) == (None, None)
+
+
+def test_a_lost_expert_is_an_error() -> None:
+    live = [one for one in live_experts(1, is_local_spec=False) if not one[0].endswith("linear_fc1.weight2")]
+    with pytest.raises(GeometryError, match=r"live experts are no equal share\n  expected: of 8"):
+        expert_split(EXPERTS.model, live)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "expected"),
+    [
+        ("decoder.layers.0.mlp.experts.linear_fc1.weight3", 4, "decoder.layers.9.mlp.experts.linear_fc1.weight7"),
+        ("decoder.layers.0.mlp.experts.local_experts.11.linear_fc2.weight", 16, "decoder.layers.9.mlp.experts.linear_fc2.weight27"),
+        ("decoder.layers.0.mlp.shared_experts.linear_fc1.weight", 4, "decoder.layers.9.mlp.shared_experts.linear_fc1.weight"),
+        ("decoder.layers.0.mlp.experts.weight1", 4, "decoder.layers.9.mlp.experts.weight1"),
+    ],
+)
+def test_global_names(name: str, first: int, expected: str) -> None:
+    assert global_name(name, 9, first) == expected

@@ -4,18 +4,19 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from megatron_rpp.errors import GeometryError
+from megatron_rpp.weights.buckets import ALIGN_BYTES
 from megatron_rpp.weights.families.registry import describe
 from megatron_rpp.weights.layout import HFLayout, Layout, MegatronLayout
-from megatron_rpp.weights.planner import ALIGN_BYTES, plan
-from megatron_rpp.weights.rect import Local, Piece, Rect
+from megatron_rpp.weights.planner import plan
+from megatron_rpp.weights.rect import Rect
 from tests.unit.weights.models import CONFIGS, carry_out, filled, model_of, random_hf, same
 from tests.unit.weights.slices import EngineSlices
+from tests.unit.weights.tables import table
 
 TRAIN = [(tp, pp, vpp) for tp, pp, vpp in itertools.product((1, 2, 4), (1, 2, 4), (1, 2)) if pp > 1 or vpp == 1]
 
@@ -32,7 +33,8 @@ def destinations(name: str, ranks: int) -> list[Layout]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_pair_of_layouts_carries_every_element_bitwise(name: str) -> None:
-    """From NaN-filled tensors. Every other pair of the full table, another half for every other model: about 270 in all."""
+    """From NaN-filled tensors, with tensors cut and whole in turn. Half of the full table, another half for every other model:
+    about 270 in all."""
     model, pairs = model_of(name), 0
     hf = random_hf(model, torch.bfloat16)
     for tp, pp, vpp in TRAIN:
@@ -41,7 +43,8 @@ def test_every_pair_of_layouts_carries_every_element_bitwise(name: str) -> None:
         for number, dst in enumerate(destinations(name, src.ranks)):
             if (number + pp + list(CONFIGS).index(name)) % 2:
                 continue
-            found, expected = carry_out(plan(src, dst, bucket_bytes=4096), sources, dst), filled(dst, hf)
+            made = plan(src, dst, bucket_bytes=4096, whole_tensors=pairs % 2 == 0)
+            found, expected = carry_out(made, sources, dst), filled(dst, hf)
             for rank in range(dst.ranks):
                 assert all(same(found[rank][key], expected[rank][key]) for key in expected[rank]), (src.tp, src.layers, dst, rank)
             pairs += 1
@@ -86,18 +89,6 @@ def test_a_replicated_source_is_read_once_and_the_nearest_copy_is_taken() -> Non
     assert all(t.src == t.dst for t in found.transfers if t.src_local.endswith("norm.weight") or "layer_norm" in t.src_local)
 
 
-def test_without_a_near_copy_the_load_is_shared_between_the_replicas() -> None:
-    """Two equal stages of training ranks on one node, the only reader on another one."""
-    model = model_of("llama")
-    src = replace(MegatronLayout.even(model, tp=1, dtype=torch.float32), replicas=4)
-    dst = HFLayout.of(model, dtype=torch.float32, ranks=5, holders=(4,))
-    found = plan(src, dst, nodes=(0, 0, 0, 0, 1))
-    sent = [found.sent_bytes(rank) for rank in range(4)]
-    largest = max(t.num_bytes for t in found.transfers)
-    assert max(sent) - min(sent) <= largest
-    assert min(sent) > 0
-
-
 def test_either_copy_of_a_tied_embedding_may_serve() -> None:
     model = model_of("llama, tied")
     src = MegatronLayout.even(model, tp=1, pp=2, dtype=torch.float32)
@@ -107,12 +98,12 @@ def test_either_copy_of_a_tied_embedding_may_serve() -> None:
         assert (embedding.src, embedding.src_local) == (holder, local)
 
 
-def test_buckets_stay_below_their_bound_unless_one_tensor_is_larger() -> None:
+def test_buckets_of_whole_tensors_stay_below_their_bound_unless_one_tensor_is_larger() -> None:
     model = model_of("llama")
     src = MegatronLayout.even(model, tp=2, pp=2, dtype=torch.float32)
     dst = HFLayout.of(model, dtype=torch.float32, ranks=4, holders=(0, 2))
     bound = 8192
-    found = plan(src, dst, bucket_bytes=bound)
+    found = plan(src, dst, bucket_bytes=bound, whole_tensors=True)
     assert len(found.buckets) > 3
     for bucket in found.buckets:
         arriving = Counter()
@@ -127,8 +118,12 @@ def test_each_tensor_is_complete_in_one_bucket_and_each_bucket_names_it() -> Non
     model = model_of("qwen2, biases")
     src = MegatronLayout.even(model, tp=2, pp=2, dtype=torch.float32)
     dst = EngineSlices(model, 4, 4, torch.float32)
-    found = plan(src, dst, bucket_bytes=4096)
+    found = plan(src, dst, bucket_bytes=4096, whole_tensors=True)
     for rank in range(4):
+        own = plan(src, dst, rank=rank, bucket_bytes=4096, whole_tensors=True)
+        assert [bucket.completed for bucket in own.buckets] == [
+            {rank: bucket.completed[rank]} if rank in bucket.completed else {} for bucket in found.buckets
+        ]
         completed = [local for bucket in found.buckets for local in bucket.completed.get(rank, ())]
         assert sorted(local.name for local in completed) == sorted(local.name for local in dst.locals(rank))
     for bucket in found.buckets:
@@ -136,14 +131,14 @@ def test_each_tensor_is_complete_in_one_bucket_and_each_bucket_names_it() -> Non
         assert {(t.dst, t.dst_local) for t in bucket.transfers} <= names
 
 
-def test_every_stage_sends_its_share_in_every_bucket() -> None:
+def test_every_stage_sends_its_share_in_every_bucket_of_whole_tensors() -> None:
     """Model order would let one stage send at a time: a max / mean of pp. Stages differ here by an embedding and a head."""
     config = {**CONFIGS["llama"], "num_hidden_layers": 32, "vocab_size": 32}
     model = describe(config)
     src = MegatronLayout.even(model, tp=1, pp=4, dtype=torch.bfloat16)
     dst = HFLayout.of(model, dtype=torch.bfloat16, ranks=5, holders=(4,))
     total = sum(local.num_bytes for local in dst.locals(4))
-    found = plan(src, dst, bucket_bytes=total // 5)
+    found = plan(src, dst, bucket_bytes=total // 5, whole_tensors=True)
     assert len(found.buckets) >= 5
     for bucket in found.buckets[:-1]:
         sent = [bucket.sent_bytes(rank) for rank in range(4)]
@@ -165,7 +160,8 @@ from megatron_rpp.weights.planner import plan
 from tests.unit.weights.models import model_of
 src = MegatronLayout.even(model_of("qwen2, biases"), tp=2, pp=2, replicas=2, dtype=torch.bfloat16)
 dst = HFLayout.of(src.model, dtype=torch.bfloat16, ranks=8, holders=(0, 4))
-print(plan(src, dst, nodes=(0, 0, 0, 0, 1, 1, 1, 1), bucket_bytes=5000).digest)
+for whole in (False, True):
+    print(plan(src, dst, nodes=(0, 0, 0, 0, 1, 1, 1, 1), bucket_bytes=5000, whole_tensors=whole).digest)
 """
 
 
@@ -176,27 +172,7 @@ def test_two_processes_make_the_same_plan_whatever_their_hash_seed() -> None:
         run = subprocess.run([sys.executable, "-c", DIGEST], env=env, capture_output=True, text=True, check=True, timeout=120)
         digests.add(run.stdout)
     assert len(digests) == 1
-
-
-@dataclass(frozen=True)
-class Table:
-    """A layout given as a table, for plans that must fail."""
-
-    table: tuple[tuple[Local, ...], ...]
-
-    @property
-    def ranks(self) -> int:
-        return len(self.table)
-
-    def stage(self, rank: int) -> int:
-        return 0
-
-    def locals(self, rank: int) -> tuple[Local, ...]:
-        return self.table[rank]
-
-
-def table(*rects: Rect) -> Table:
-    return Table(tuple((Local("w", (r.rows, r.cols), torch.float32, (Piece(r),)),) for r in rects))
+    assert len(set(digests.pop().split())) == 2
 
 
 def test_a_source_with_a_hole_is_refused_with_the_tensor_and_the_count() -> None:

@@ -1,0 +1,41 @@
+"""Convert the weights of a Megatron checkpoint (torch_dist, any layout) to an HF directory of sharded safetensors.
+
+    python tools/convert_megatron_to_hf.py CHECKPOINT OUT [--hf HF] [--dtype D] [--overwrite] [--shard-gb GB]
+
+CHECKPOINT is what convert_hf_to_megatron.py wrote, or checkpoints/step-N/policy of a run; optimizer state is left aside. Config,
+generation config and tokenizer come from --hf, or from the checkpoint where it carries them. Memory does not grow with the model.
+A run that was cut off is gone on with by the same command. At the end every tensor is read again from OUT and compared with
+CHECKPOINT to the bit; OUT exists only when all are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoint_cli import add_options, bar, open_saved, options_of, report, run
+
+from megatron_rpp.weights.convert import to_hf, total_bytes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=__doc__.rpartition("\n\n")[2])
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="directory with .metadata and *.distcp")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
+    parser.add_argument("--hf", type=Path, help="directory with the model's config.json and tokenizer")
+    add_options(parser)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    source, carried = open_saved(arguments.checkpoint, arguments.hf)
+    with source:
+        options = options_of(arguments)
+        with bar(total_bytes(source, source.model, options.dtype), "write", "compare") as tick:
+            result = to_hf(source, arguments.out, carried=carried, options=replace(options, tick=tick))
+    return report(result, arguments.out, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

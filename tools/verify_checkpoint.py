@@ -1,0 +1,69 @@
+"""Compare two checkpoints, each an HF directory or a Megatron checkpoint, tensor by tensor and bit by bit.
+
+    python tools/verify_checkpoint.py A B [--hf HF]
+
+Megatron checkpoints are compared as the HF tensors that they hold, so their layouts do not matter; optimizer state is left
+aside. Prints the first difference. Exit status 0 when all tensors are equal, 1 when not, 2 for a mistake in the arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoint_cli import bar, open_saved, run
+
+from megatron_rpp.weights.compare import Source, compare
+from megatron_rpp.weights.convert import CARRIED, model_part
+from megatron_rpp.weights.families.registry import describe
+from megatron_rpp.weights.hf_io import open_hf, read_json
+from megatron_rpp.weights.torch_dist import is_torch_dist
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=__doc__.rpartition("\n\n")[2])
+    parser.add_argument("a", type=Path, metavar="A", help="HF directory or Megatron checkpoint")
+    parser.add_argument("b", type=Path, metavar="B", help="the other one")
+    parser.add_argument("--hf", type=Path, help="directory with the config.json of Megatron checkpoints that carry none")
+    arguments = parser.parse_args()
+    folders = (arguments.a, arguments.b)
+    started = time.monotonic()
+    config = arguments.hf or next((found for folder in folders if (found := config_of(folder)) is not None), None)
+    sides = open_both(folders, config)
+    total = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in sides[0].entries.values())
+    with bar(total, "compare") as tick:
+        difference = compare(*sides, tick=tick)
+    if difference is not None:
+        print(f"{difference.tensor}: {difference.what} differs")
+        for folder, value in zip(folders, (difference.left, difference.right), strict=True):
+            print(f"  {folder}: {value}")
+        return 1
+    print(f"{total} bytes, {time.monotonic() - started:.1f} s")
+    print(f"{len(sides[0].entries)} tensors compared, all equal")
+    return 0
+
+
+def config_of(folder: Path) -> Path | None:
+    """Where the config.json of a checkpoint lies."""
+    return next((place for place in (folder, folder / CARRIED) if (place / "config.json").is_file()), None)
+
+
+def open_both(folders: Sequence[Path], config: Path | None) -> list[Source]:
+    """Two HF directories with all that they hold; where one is Megatron's, both as the tensors of the model."""
+    if not any(is_torch_dist(folder) for folder in folders):
+        return [open_hf(folder) for folder in folders]
+    sides: list[Source] = []
+    for folder in folders:
+        if is_torch_dist(folder):
+            sides.append(open_saved(folder, config)[0])
+        else:
+            sides.append(model_part(open_hf(folder), describe(read_json((config or folder) / "config.json"))))
+    return sides
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
