@@ -7,8 +7,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from megatron_rpp.config.schema import Config
+from megatron_rpp.delivery import DirectPath, GatherPath, WeightPath
 from megatron_rpp.dist.collectives import broadcast_object
-from megatron_rpp.dist.layout import engine_group, engine_groups, num_engines
+from megatron_rpp.dist.layout import EngineGroup, engine_group, engine_groups, num_engines
 from megatron_rpp.process import Process, record_patches
 from megatron_rpp.reward.pool import RewardPool
 from megatron_rpp.rollout.engine import Engine
@@ -16,18 +17,20 @@ from megatron_rpp.rollout.generate import RolloutLimits, Rollouts
 from megatron_rpp.rollout.ledger import Ledger
 from megatron_rpp.rollout.queue import WorkQueue, open_store
 from megatron_rpp.rollout.settings import EngineSettings
+from megatron_rpp.weights.live import LiveWeights
+from megatron_rpp.weights.sglang_layout import SGLangLayout
 
 Detokenise = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """What this rank has for roll-outs. engine and pool: None on a rank that leads no engine. leaders: their ranks."""
+    """What this rank has for roll-outs. engine and pool: None on a rank that leads no engine. groups: of all engines."""
 
     rollouts: Rollouts
     engine: Engine | None
     pool: RewardPool | None
-    leaders: tuple[int, ...]
+    groups: tuple[EngineGroup, ...]
 
 
 @contextmanager
@@ -39,7 +42,7 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
     """
     cfg, groups = process.cfg, process.groups
     count = num_engines(groups.size, cfg.rollout.tp, cfg.rollout.engines)
-    leaders = tuple(group.leader for group in engine_groups(cfg.rollout.tp, count))
+    all_groups = engine_groups(cfg.rollout.tp, count)
     mine = engine_group(groups.rank, cfg.rollout.tp, count)
     leads = mine is not None and mine.leader == groups.rank
     with ExitStack() as stack:
@@ -53,10 +56,10 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
             parts["ledger"] = Ledger(process.dir.path / "ledger" / process.digest, mine.index)
 
         process.together("start engines and reward workers", start, here=leads)
-        queue = _open_queue(process, leaders, mine.index if leads else None)
+        queue = _open_queue(process, tuple(group.leader for group in all_groups), mine.index if leads else None)
         limits = RolloutLimits(total_s=cfg.rollout.deadline_s, quiet_s=cfg.run.deadline_s)
         rollouts = Rollouts(parts.get("engine"), queue, seed=cfg.run.seed, detokenise=detokenise, ledger=parts.get("ledger"), limits=limits)
-        yield Sampler(rollouts, parts.get("engine"), parts.get("pool"), leaders)
+        yield Sampler(rollouts, parts.get("engine"), parts.get("pool"), all_groups)
 
 
 def await_engines(process: Process, sampler: Sampler, *, version: int | None = None) -> None:
@@ -72,6 +75,28 @@ def await_engines(process: Process, sampler: Sampler, *, version: int | None = N
 
     process.together("wait for the engines", wait, here=sampler.engine is not None, longest_s=start_s)
     record_patches(process, sampler.engine.info.reports if sampler.engine is not None else ())
+
+
+def open_path(process: Process, live: LiveWeights, sampler: Sampler) -> WeightPath:
+    """The path of the policy's weights into the engines that weights.path asks for.
+
+    Raises: ConfigError or GeometryError for a model or an engine layout that the direct path does not describe.
+    """
+    cfg, groups = process.cfg, sampler.groups
+    limits = {"bucket_bytes": cfg.weights.bucket_mib * 2**20, "deadline_s": process.deadline_s}
+    if cfg.weights.path == "gather":
+        return GatherPath(live, sampler.engine, tuple(group.leader for group in groups), **limits)
+    target = SGLangLayout(
+        live.layout.model,
+        tp=cfg.rollout.tp,
+        dtype=live.layout.dtype,
+        ep=int(cfg.rollout.sglang.get("ep_size") or 1),
+        attn_dp=int(cfg.rollout.sglang.get("attn_dp_size") or 1),
+        engines=len(groups),
+        places=tuple(rank for group in groups for rank in group.ranks),
+    )
+    mine = next((group for group in groups if process.groups.rank in group.ranks), None)
+    return DirectPath(live, sampler.engine, mine, target, **limits)
 
 
 def engine_settings(cfg: Config, process: Process, *, index: int, count: int, max_sequence_tokens: int) -> EngineSettings:

@@ -8,28 +8,38 @@ device has no memory of its own to hand over (CPU), entering a phase only checks
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Literal
 
-from megatron_rpp.dist.agreement import raise_together
+from megatron_rpp.delivery import WeightPath, attempt
+from megatron_rpp.dist.agreement import Failure, raise_together, share_errors
+from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import RppError, StaleWeightsError
 from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.rollout.engine import Engine
-from megatron_rpp.rollout.memory import Bucket
-from megatron_rpp.weights.gather import iter_hf_tensors
-from megatron_rpp.weights.live import LiveWeights
+
+# What a fresh engine mends. A peer that does not come, or numbers that are not finite, are no engine's fault.
+_MENDED_BY_A_RESTART = {"EngineError", "StaleWeightsError"}
 
 Phase = Literal["idle", "rollout", "training", "publish"]
-Load = Callable[[Bucket], None]
 
 
 class Colocated:
-    """Policy and engines on the same devices, in turns. engine: None on ranks that lead no engine; leaders: those that do."""
+    """Policy and engines on the same devices, in turns. engine: None on ranks that lead no engine; path: the way into them."""
 
-    def __init__(self, policy: Policy, live: LiveWeights, engine: Engine | None, leaders: tuple[int, ...], *, deadline_s: float) -> None:
-        self._groups, self._deadline_s = live.groups, deadline_s
-        self._policy, self._live, self._engine, self._leaders = policy, live, engine, leaders
+    def __init__(
+        self,
+        policy: Policy,
+        engine: Engine | None,
+        path: WeightPath,
+        groups: Groups,
+        *,
+        deadline_s: float,
+        start_deadline_s: float = 600.0,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._groups, self._deadline_s, self._start_s, self._warn = groups, deadline_s, start_deadline_s, warn
+        self._policy, self._engine, self._path = policy, engine, path
         self._phase: Phase = "idle"
         self.version = -1  # what every engine holds; -1 before the first publish
 
@@ -65,43 +75,29 @@ class Colocated:
         """Every engine holds exactly the policy's weights and is stamped `version`, or the run stops on all ranks.
 
         Order: engine weights back on the device, begin, buckets, end, then the key-value cache: so weights, staging and
-        cache are never resident together more than they must be. An engine whose update was left halfway is dead.
+        cache are never resident together more than they must be. An engine whose update was left halfway is dead; all are
+        then started anew and the weights sent again, once.
         Raises: EngineError, DeadlineError.
         """
         with self._enter("publish"):
             self._on_engine("make room for the new weights", lambda engine: engine.resume("weights"))
-            error: RppError | None = None
-            try:
-                with ExitStack() as update:
-                    self._send(self._begin(update, version))
-            except RppError as raised:  # agreed already, or this leader's own while it closed the update
-                error = raised
-            raise_together(error, groups=self._groups, what=f"publish version {version}", deadline_s=self._deadline_s)
+            error, failures = self._send(version)
+            # Engines that never took any weights would fail again: then the layout is wrong.
+            if failures and self.version >= 0 and {failure.kind for failure in failures} <= _MENDED_BY_A_RESTART:
+                self._warn(f"{failures[0].as_error(f'publish version {version}')}\n  starting the engines anew, once")
+                self._on_engine("start the engines anew", lambda engine: engine.restart(self._start_s), longest_s=self._start_s)
+                error, failures = self._send(version)
+            if failures:
+                raise error or failures[0].as_error(f"publish version {version}")
             self._on_engine("make room for the key-value cache", lambda engine: engine.resume("kv_cache"))
         self.version = version
 
-    def _begin(self, update: ExitStack, version: int) -> Load | None:
-        """Open the update session on every leader, or on none. Returns how this rank hands over a bucket."""
-        opened: list[Load] = []
-        self._on_engine("begin the weight update", lambda engine: opened.append(update.enter_context(engine.update(version))))
-        return opened[0] if opened else None
+    def _send(self, version: int) -> tuple[RppError | None, tuple[Failure, ...]]:
+        """One attempt: this rank's error, and those of all ranks. Where one failed, every engine is dead: all were in the update."""
+        error = attempt(lambda: self._path.send(version))
+        what = f"publish version {version}"
+        return error, share_errors(error, groups=self._groups, what=what, deadline_s=self._deadline_s)
 
-    def _send(self, load: Load | None) -> None:
-        """Every rank walks all buckets, whatever fails on a leader: the exchange is collective."""
-        error: RppError | None = None
-        for bucket in iter_hf_tensors(self._live, self._leaders, deadline_s=self._deadline_s):
-            if load is not None and error is None:
-                error = _attempt(partial(load, list(bucket.items())))
-        raise_together(error, groups=self._groups, what="load weights into the engine", deadline_s=self._deadline_s)
-
-    def _on_engine(self, what: str, call: Callable[[Engine], object]) -> None:
-        error = None if self._engine is None else _attempt(lambda: call(self._engine))
-        raise_together(error, groups=self._groups, what=what, deadline_s=self._deadline_s)
-
-
-def _attempt(call: Callable[[], object]) -> RppError | None:
-    try:
-        call()
-    except RppError as error:
-        return error
-    return None
+    def _on_engine(self, what: str, call: Callable[[Engine], object], *, longest_s: float = 0.0) -> None:
+        error = None if self._engine is None else attempt(lambda: call(self._engine))
+        raise_together(error, groups=self._groups, what=what, deadline_s=longest_s + self._deadline_s)

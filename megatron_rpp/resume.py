@@ -79,7 +79,8 @@ def read_state(path: Path) -> RunState:
 
 
 # Settings that a resumed run may change: they move no number of the steps to come.
-FREE_SETTINGS = ("run.dir", "run.steps", "run.deadline_s", "run.resume", "run.device", "parallel", "checkpoint", "eval", "observe", "sft")
+FREE_SETTINGS = ("run.dir", "run.steps", "run.deadline_s", "run.resume", "run.device", "rollout.deadline_s", "rollout.start_deadline_s")
+FREE_SETTINGS += ("parallel", "weights", "checkpoint", "eval", "observe", "sft")
 
 
 def settings_digest(settings: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.data.prompts import PromptSet, PromptStream, load_prompts
 from megatron_rpp.data.template import load_tokenizer
 from megatron_rpp.dist.collectives import all_gather, barrier, gather_objects, sum_float64
-from megatron_rpp.engines import Sampler, await_engines, open_engines
+from megatron_rpp.engines import Sampler, await_engines, open_engines, open_path
 from megatron_rpp.errors import CheckpointError, NumericsError, StaleWeightsError
 from megatron_rpp.heldout import evaluate
 from megatron_rpp.mcore.policy import Policy
@@ -88,7 +88,16 @@ class Session:
                 # The engines load while the policy is built and the prompts are read.
                 policy, live = open_policy(process)
                 ref = open_reference(process)
-                place = Colocated(policy, live, sampler.engine, sampler.leaders, deadline_s=process.deadline_s)
+                path = open_path(process, live, sampler)
+                place = Colocated(
+                    policy,
+                    sampler.engine,
+                    path,
+                    process.groups,
+                    deadline_s=process.deadline_s,
+                    start_deadline_s=cfg.rollout.start_deadline_s,
+                    warn=process.log.warn,
+                )
                 session = cls(process, sampler, policy, ref, place)
                 session._read_prompts(tokenizer)
                 await_engines(process, sampler)

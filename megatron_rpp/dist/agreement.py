@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import megatron_rpp.errors
 from megatron_rpp.dist.collectives import gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import EngineError, RppError
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error of some rank, as all ranks know it. kind: the name of its class."""
+
+    rank: int
+    kind: str
+    message: str
+
+    def as_error(self, what: str) -> RppError:
+        """The error to raise on the other ranks."""
+        kind = getattr(megatron_rpp.errors, self.kind, EngineError)
+        return kind(f"{what} failed on rank {self.rank}: {self.message}", fix=f"see logs/rank-{self.rank}.log in the run directory")
+
+
+def share_errors(error: RppError | None, *, groups: Groups, what: str, deadline_s: float) -> tuple[Failure, ...]:
+    """The errors of all ranks, in rank order and the same on each, so that all decide alike what follows from them.
+
+    Entered by every rank. Units: deadline_s in seconds. Raises: DeadlineError when a rank does not come.
+    """
+    mine = None if error is None else (type(error).__name__, str(error))
+    found = gather_objects(mine, groups.world_cpu, name=what, deadline_s=deadline_s)
+    return tuple(Failure(rank, *report) for rank, report in enumerate(found) if report is not None)
 
 
 def raise_together(error: RppError | None, *, groups: Groups, what: str, deadline_s: float) -> None:
@@ -15,11 +41,8 @@ def raise_together(error: RppError | None, *, groups: Groups, what: str, deadlin
     Raises: the local error where there is one; elsewhere one of the first failing rank's class, with its message;
     DeadlineError when a rank does not come.
     """
-    mine = None if error is None else (type(error).__name__, str(error))
-    found = gather_objects(mine, groups.world_cpu, name=what, deadline_s=deadline_s)
+    failures = share_errors(error, groups=groups, what=what, deadline_s=deadline_s)
     if error is not None:
         raise error
-    for rank, report in enumerate(found):
-        if report is not None:
-            kind = getattr(megatron_rpp.errors, report[0], EngineError)
-            raise kind(f"{what} failed on rank {rank}: {report[1]}", fix=f"see logs/rank-{rank}.log in the run directory")
+    if failures:
+        raise failures[0].as_error(what)

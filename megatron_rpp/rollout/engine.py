@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,9 @@ from megatron_rpp.rollout.memory import Bucket, Outbox
 from megatron_rpp.rollout.process import EngineProcess
 from megatron_rpp.rollout.request import Completion, Request
 from megatron_rpp.rollout.settings import SOCKET_NAME, EngineSettings
+
+Announced = Mapping[str, tuple[Sequence[int], int]]  # see Engine.update_shards
+Packed = Mapping[str, Any]  # what Outbox.pack returns
 
 POLL_S = 0.25  # how often a wait looks whether the process is still alive
 REPLY_S = 60.0  # for requests that need no model
@@ -54,7 +57,11 @@ class Engine:
     """A running engine. Made by `Engine.start`; `close` it, or use it in a `with`."""
 
     def __init__(self, settings: EngineSettings, log: Path) -> None:
-        self.settings, self.name = settings, settings.name
+        self.settings, self.name, self._log = settings, settings.name, log
+        self._launch()
+
+    def _launch(self) -> None:
+        """Start the process; everything that is known of an engine begins anew with it."""
         self.version: int | None = None
         self.info: EngineInfo | None = None
         self.in_flight: dict[str, Request] = {}
@@ -66,7 +73,7 @@ class Engine:
         self._replies: dict[int, dict[str, Any]] = {}
         self._finished: list[Completion] = []
         self._outbox = Outbox()
-        self._process = EngineProcess(settings, log)
+        self._process = EngineProcess(self.settings, self._log)
         # The shared context: one of our own would wait for its sockets for ever when an engine is dropped without `close`.
         self._socket = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -109,6 +116,12 @@ class Engine:
         self.version = version
         self.info = EngineInfo(self._process.pid, tuple(hello["reports"]), hello["is_seeded"], time.monotonic() - self._launched)
         on_progress(f"{self.name}: ready after {self.info.start_s:.1f} s, {len(self.info.reports)} processes")
+
+    def restart(self, deadline_s: float, *, on_progress: Callable[[str], None] = lambda line: None) -> None:
+        """End whatever is left of this engine and start it anew, as after `start`: it holds no version. Raises: as `await_ready`."""
+        self.close()
+        self._launch()
+        self.await_ready(deadline_s, on_progress=on_progress)
 
     def _wait_until_ready(self, start: float, deadline_s: float, on_progress: Callable[[str], None]) -> None:
         phase = "starting python"
@@ -213,21 +226,42 @@ class Engine:
         coverage is checked and the engine takes the version. deadline_s: for each bucket.
         Raises: EngineError; DeadlineError; after any error inside, the engine is dead.
         """
+        with self._updating(version, None, deadline_s) as load:
+            yield lambda bucket: load([self._outbox.pack(bucket)])
+
+    @contextmanager
+    def update_shards(
+        self, version: int, announced: Sequence[Announced], *, deadline_s: float = UPDATE_S
+    ) -> Iterator[Callable[[Sequence[Packed]], None]]:
+        """The same from shards cut for each rank of the engine: `load([bucket of rank 0, bucket of rank 1, ...])`.
+
+        announced: for each rank, SGLang's name of every parameter -> its shape there and how many of its elements will come.
+        A bucket is what `Outbox.pack` of any process on this host says of its tensors, each a rectangle [rows, cols] under the
+        name [parameter, leading indices, row, column]. Each announced element must come exactly once.
+        Raises: as `update`.
+        """
+        if len(announced) != self.settings.tp:
+            raise EngineError("shards for another engine", where=self.name, expected=f"{self.settings.tp} ranks", got=len(announced))
+        with self._updating(version, list(announced), deadline_s) as load:
+            yield load
+
+    @contextmanager
+    def _updating(self, version: int, announced: list[Announced] | None, deadline_s: float) -> Iterator[Callable[[Sequence[Packed]], None]]:
         self._check_alive()
         is_open = True
 
-        def load(bucket: Bucket) -> None:
+        def load(buckets: Sequence[Packed]) -> None:
             if not is_open:
                 raise EngineError("load outside of a weight update", where=self.name, fix="call it inside `with engine.update(...)`")
             try:
-                self._call("load", deadline_s, bucket=self._outbox.pack(bucket))
+                self._call("load", deadline_s, buckets=list(buckets))
             except BaseException as error:
                 self._dead = f"the update to version {version} failed: {error}"  # also if the caller catches this
                 raise
 
         self.version = None
         try:
-            self._call("begin", deadline_s)
+            self._call("begin", deadline_s, shards=announced)
             yield load
             self._call("end", deadline_s, version=version)
         except BaseException as error:

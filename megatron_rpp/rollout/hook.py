@@ -1,54 +1,26 @@
 """SGLang's custom weight loader: runs in every scheduler process and fills its model from memory shared by the client.
 
 What travels through SGLang is a JSON order in the place of a tensor's name; the tensors themselves lie in a memory file
-of the trainer (memory.py). Each session is checked against the HF directory that the engine was started from: every
-tensor once, in its shape, and nothing else.
+of a trainer (memory.py). coverage.py sees to it that an update brings everything, once.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_rpp.rollout import memory, worker
+from megatron_rpp.rollout import coverage, worker
 
 LOADER = "megatron_rpp.rollout.hook.load"
-EXPECTED_FILE = "expected.json"  # name -> shape of every tensor of the HF directory
 CHECKSUM_WORDS = 1 << 24  # words at a time; they are widened to 64 bits
-MAX_NAMED = 3  # missing tensors spelt out in an error
 
 
-@dataclass
-class _Session:
-    """The tensors that one weight update has brought to this process so far."""
-
-    id: str
-    expected: dict[str, list[int]]
-    seen: set[str] = field(default_factory=set)
-
-    def check(self, name: str, shape: list[int]) -> None:
-        if name not in self.expected:
-            raise ValueError(f"unknown tensor {name}")
-        if name in self.seen:
-            raise ValueError(f"tensor {name} came twice")
-        if shape != self.expected[name]:
-            raise ValueError(f"tensor {name} has shape {shape}, the engine's is {self.expected[name]}")
-        self.seen.add(name)
-
-    def finish(self) -> None:
-        missing = sorted(self.expected.keys() - self.seen)
-        if missing:
-            more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
-            raise ValueError(f"{len(missing)} of {len(self.expected)} tensors never came: {', '.join(missing[:MAX_NAMED])}{more}")
-
-
-_sessions: dict[int, _Session] = {}  # by model; SGLang calls `load` with nothing else that lasts
+_updates: dict[int, coverage.Update] = {}  # by model; SGLang calls `load` with nothing else that lasts
 
 
 def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
@@ -85,18 +57,14 @@ def checksums(model: nn.Module) -> dict[str, int]:
 
 
 def _fill(model: nn.Module, order: dict[str, Any]) -> None:
-    session = _sessions.get(id(model))
-    if session is None or session.id != order["session"]:
-        expected = json.loads((worker.folder() / EXPECTED_FILE).read_text(encoding="utf-8"))
-        session = _sessions[id(model)] = _Session(order["session"], expected)
+    update = _updates.get(id(model))
+    if update is None or update.session != order["session"]:
+        update = _updates[id(model)] = coverage.open_update(order["session"], order["is_sharded"], _rank(), model)
     if order["bucket"] is None:
-        session.finish()
+        update.finish(model)
         return
-    for name, _, shape, _ in order["bucket"]["tensors"]:
-        session.check(name, shape)
-    device = next(model.parameters()).device
-    model.load_weights((name, tensor.to(device)) for name, tensor in memory.unpack(order["bucket"]))
-    if device.type == "cuda":
+    update.take(model, order["bucket"])
+    if next(model.parameters()).device.type == "cuda":
         torch.cuda.synchronize()  # the client may write the next bucket as soon as it is answered
 
 
@@ -123,19 +91,3 @@ def read_results(num_ranks: int, ticket: int) -> tuple[list[Any], list[str]]:
         else:
             results.append(answer["result"])
     return results, errors
-
-
-def write_expected(hf: Path) -> int:
-    """Note the tensors that an update must bring, from the headers of the HF directory's safetensors files; their number.
-
-    A tied output matrix that the files hold all the same is left out: SGLang skips it.
-    """
-    found: dict[str, list[int]] = {}
-    for path in sorted(hf.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    if json.loads((hf / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"):
-        found.pop("lm_head.weight", None)
-    worker.write_json(worker.folder() / EXPECTED_FILE, found)
-    return len(found)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT_BYTES = 64
-Bucket = Sequence[tuple[str, Tensor]]
+Bucket = Sequence[tuple[Any, Tensor]]  # names are whatever json can carry
 
 
 class Outbox:

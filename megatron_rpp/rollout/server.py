@@ -24,7 +24,7 @@ import zmq
 import zmq.asyncio
 
 from megatron_rpp.errors import EngineError, RppError
-from megatron_rpp.rollout import hook, worker
+from megatron_rpp.rollout import coverage, hook, worker
 from megatron_rpp.rollout.settings import SOCKET_NAME, EngineSettings, server_args
 
 OWNER_CHECK_S = 0.5
@@ -127,6 +127,7 @@ class Server:
         self.tokens = engine.tokenizer_manager
         self.version: int | None = None
         self.session: str | None = None
+        self.is_sharded = False
         self.ticket = 0
         self.in_flight: dict[str, asyncio.Task] = {}
         self.aborted: set[str] = set()
@@ -193,26 +194,31 @@ class Server:
         outputs = await asyncio.gather(*asks)
         return [[0.0] + [entry[0] for entry in output["meta_info"]["input_token_logprobs"][1:]] for output in outputs]
 
-    async def do_begin(self) -> None:
-        """Open a weight update; whatever was known of the weights is now void."""
+    async def do_begin(self, shards: list[dict[str, Any]] | None = None) -> None:
+        """Open a weight update; whatever was known of the weights is now void.
+
+        shards: for each rank of the engine the parameters that come in shards; None announces whole tensors under HF names.
+        """
         from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput
 
         if self.in_flight:
             raise EngineError(f"{len(self.in_flight)} requests are in flight", where=self.settings.name, fix="poll them to their end first")
         self._check(await self.tokens.begin_weight_update(BeginWeightUpdateReqInput()))
-        self.session, self.version = uuid.uuid4().hex, None
+        if shards is not None:
+            coverage.announce_shards(shards)
+        self.session, self.is_sharded, self.version = uuid.uuid4().hex, shards is not None, None
 
-    async def do_load(self, bucket: dict[str, Any] | None) -> None:
-        """Fill parameters from a bucket of the client's memory; None checks that all have come."""
-        await self._order(bucket=bucket)
+    async def do_load(self, buckets: list[dict[str, Any] | None]) -> None:
+        """Fill parameters from trainers' memory: one bucket for each rank of the engine, or one for all; None: all have come."""
+        await self._order(buckets * self.settings.tp if len(buckets) == 1 else buckets)
 
-    async def _order(self, *, bucket: dict[str, Any] | None = None, is_checksum: bool = False) -> list[Any]:
+    async def _order(self, buckets: list[dict[str, Any] | None], *, is_checksum: bool = False) -> list[Any]:
         """Have every worker's hook do something inside a weight update; what each answers, by rank."""
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
         self.ticket += 1
-        order = {"session": self.session, "ticket": self.ticket, "bucket": bucket, "is_checksum": is_checksum}
-        payloads = [_pickled_name(json.dumps(order))] * self.settings.tp
+        order = {"session": self.session, "ticket": self.ticket, "is_sharded": self.is_sharded, "is_checksum": is_checksum}
+        payloads = [_pickled_name(json.dumps(order | {"bucket": bucket})) for bucket in buckets]
         request = UpdateWeightsFromTensorReqInput(serialized_named_tensors=payloads, load_format=hook.LOADER, flush_cache=False)
         self._check(await self.tokens.update_weights_from_tensor(request, None))
         results, errors = hook.read_results(self.settings.tp, self.ticket)
@@ -222,7 +228,7 @@ class Server:
 
     async def do_end(self, version: int) -> None:
         """Close the update, forget all cached prefixes, and take the new version."""
-        await self.do_load(None)
+        await self.do_load([None])
         await self._close_update()
         flushed = await self.tokens.flush_cache()
         self._check((flushed.success, "the prefix cache could not be flushed"))
@@ -259,7 +265,7 @@ class Server:
         """Checksums of every parameter, by rank: an update that changes nothing. (SGLang's own checker needs CUDA.)"""
         version = self.version
         await self.do_begin()
-        results = await self._order(is_checksum=True)
+        results = await self._order([None] * self.settings.tp, is_checksum=True)
         await self._close_update()
         self.version = version
         return results
@@ -310,7 +316,7 @@ def main() -> None:
     die_with_owner(owner)
     link = Link(worker.folder())
     try:
-        hook.write_expected(Path(settings.hf))
+        coverage.write_expected(Path(settings.hf))
         engine = build_engine(settings, link.tell)
         check_reports(settings, worker.read_reports())
     except RppError as error:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from megatron_rpp.weights.families.registry import describe
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 400
@@ -103,6 +107,20 @@ def await_file(path: Path, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, f"the run ended before it wrote {path}"
         assert time.monotonic() < limit, f"no {path} after {LIMIT_S} s"
         time.sleep(0.02)
+
+
+def make_moe(assets: Path, folder: Path) -> Path:
+    """The quickstart's model with four experts in every layer and random weights, as an HF directory."""
+    shutil.copytree(assets / "model", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2}
+    config |= {"moe_intermediate_size": 64, "norm_topk_prob": True, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in describe(config).hf_shapes.items()}
+    tensors |= {name: tensor + 1 for name, tensor in tensors.items() if "norm" in name}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def processes_of(run_dir: Path) -> list[str]:

@@ -35,7 +35,8 @@ def test_every_process_of_the_run_reports_its_patches(uninterrupted: runs.Finish
 
 
 def test_a_second_run_with_the_same_seed_writes_the_same_bytes(yaml: Path, uninterrupted: runs.Finished, tmp_path: Path) -> None:
-    again = runs.train(yaml, tmp_path / "again")
+    """By the other path of the weights, in more buckets: the engine gets the same bits."""
+    again = runs.train(yaml, tmp_path / "again", "weights.path=gather", "weights.bucket_mib=1")
     assert again.code == 0, again.output
     assert again.metrics == uninterrupted.metrics
     assert runs.checkpoint_digest(again.dir, 6, tmp_path) == runs.checkpoint_digest(uninterrupted.dir, 6, tmp_path)
@@ -110,9 +111,58 @@ def test_other_layouts_follow_the_same_curve(layout: tuple[str, ...], yaml: Path
     assert max(other.column("mismatch/max_abs")) <= 1e-4
 
 
-def test_a_sync_that_swaps_keys_and_values_of_one_layer_raises_the_alarm(yaml: Path, tmp_path: Path) -> None:
+def test_the_gsm8k_example_runs_through_chat_template_packing_and_the_math_verifier(assets: Path, tmp_path: Path) -> None:
+    """A random model boxes nothing, so the verifier's word is 0 each time; a run without it would not end so."""
+    yaml = runs.ROOT / "examples" / "gsm8k" / "tiny.yaml"
+    run = runs.train(yaml, tmp_path / "gsm8k", f"model.hf={assets / 'model'}", "observe.console=plain")
+    assert run.code == 0, run.output
+    steps = run.records("step")
+    assert [record["step"] for record in steps] == [1, 2, 3]
+    assert run.column("score/failed_frac") == [0.0] * 3
+    assert run.column("score/mean") == [0.0] * 3
+    assert max(run.column("mismatch/max_abs")) <= 1e-4
+    answers = [json.loads(line) for line in (run.dir / "eval" / "step-000003.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in answers] == ["19", "1,400", "11", "200", "63", "270", "30", "-5"]
+
+
+def test_an_engine_that_dies_under_an_update_is_started_anew_and_changes_no_number(
+    yaml: Path, uninterrupted: runs.Finished, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "dying"
+    words = ("train", str(yaml), f"run.dir={run_dir}", "parallel.tp=1", "run.steps=3", "eval.every=0")
+    code, output = runs.rpp(*words, module="tests.e2e.dying_engine")
+    assert code == 0, output
+    assert "publish version 2 failed on rank 0" in output
+    assert "starting the engines anew, once" in output
+    run = runs.Finished(run_dir, code, output)
+    assert max(run.column("mismatch/max_abs")) <= 1e-4
+    assert run.column("score/mean") == pytest.approx(uninterrupted.column("score/mean")[:3], abs=1e-3)
+
+
+def test_experts_on_two_ranks_and_the_engine_agree_at_every_step(assets: Path, yaml: Path, tmp_path: Path) -> None:
+    """Qwen3-MoE with expert parallelism: half of the experts come from the other rank, to the slots that the engine keeps them in."""
+    model = runs.make_moe(assets, tmp_path / "moe")
+    words = (f"model.hf={model}", "parallel.tp=1", "parallel.dp=2", "parallel.ep=2", "run.steps=3", "eval.every=0")
+    run = runs.train(yaml, tmp_path / "run", *words)
+    assert run.code == 0, run.output
+    assert [record["step"] for record in run.records("step")] == [1, 2, 3]
+    assert min(run.column("policy/grad_norm")) > 0
+    assert max(run.column("mismatch/max_abs")) <= 1e-4
+
+
+def test_an_engine_of_two_ranks_follows_a_policy_of_two_stages(yaml: Path, tmp_path: Path) -> None:
+    """Nothing lies where it is needed: each engine rank takes half of every layer, each trainer rank holds half of the layers."""
+    small = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.max_response_tokens=6", "run.steps=2", "eval.every=0")
+    run = runs.train(yaml, tmp_path / "split", "parallel.tp=1", "parallel.pp=2", "rollout.tp=2", *small)
+    assert run.code == 0, run.output
+    assert [record["step"] for record in run.records("step")] == [1, 2]
+    assert max(run.column("mismatch/max_abs")) <= 1e-4
+
+
+@pytest.mark.parametrize("path", ["direct", "gather"])
+def test_a_sync_that_swaps_keys_and_values_of_one_layer_raises_the_alarm(path: str, yaml: Path, tmp_path: Path) -> None:
     """Every tensor arrives, in its shape, under a valid name: only the log-probabilities can tell."""
-    words = ("train", str(yaml), f"run.dir={tmp_path / 'swapped'}", "parallel.tp=1", "observe.mismatch_action=stop")
+    words = ("train", str(yaml), f"run.dir={tmp_path / 'swapped'}", "parallel.tp=1", "observe.mismatch_action=stop", f"weights.path={path}")
     code, output = runs.rpp(*words, module="tests.e2e.swapped_sync")
     assert code == 1, output
     assert "the training and the roll-out engine disagree about the same tokens" in output

@@ -14,6 +14,7 @@ LAYERS = (
     ("config",),
     ("algo", "data", "dist", "reward", "stats"),
     ("mcore", "rollout", "weights"),
+    ("delivery",),
     ("doctor", "launch", "observe", "placement", "resume"),
     ("collect", "process"),
     ("engines", "heldout"),

@@ -166,20 +166,20 @@ def test_every_bad_tensor_is_named_and_a_whole_update_mends_it(engine: Engine, m
     }
     for message, bucket in bad.items():
         with pytest.raises(EngineError, match=message):
-            engine._call("load", UPDATE_S, bucket=None if bucket is None else engine._outbox.pack(bucket))
-    engine._call("load", UPDATE_S, bucket=engine._outbox.pack([(name, tensor)]))
+            engine._call("load", UPDATE_S, buckets=[None if bucket is None else engine._outbox.pack(bucket)])
+    engine._call("load", UPDATE_S, buckets=[engine._outbox.pack([(name, tensor)])])
     with pytest.raises(EngineError, match=f"tensor {name} came twice"):
-        engine._call("load", UPDATE_S, bucket=engine._outbox.pack([(name, tensor)]))
+        engine._call("load", UPDATE_S, buckets=[engine._outbox.pack([(name, tensor)])])
     with pytest.raises(EngineError, match="other weights"):
         engine._call("generate", UPDATE_S, requests=[], version=0)
-    engine._call("load", UPDATE_S, bucket=engine._outbox.pack([entry for entry in tensors if entry[0] != name]))
+    engine._call("load", UPDATE_S, buckets=[engine._outbox.pack([entry for entry in tensors if entry[0] != name])])
     engine._call("end", UPDATE_S, version=0)
     tiny.sample(engine, tiny.requests(1))
 
 
 def test_tensors_outside_of_an_update_are_refused(engine: Engine, model: nn.Module) -> None:
     with pytest.raises(EngineError, match="between begin_weight_update"):
-        engine._call("load", UPDATE_S, bucket=engine._outbox.pack(tiny.state(model)))
+        engine._call("load", UPDATE_S, buckets=[engine._outbox.pack(tiny.state(model))])
     with engine.update(1) as load:
         load(tiny.state(model))
     with pytest.raises(EngineError, match="outside of a weight update"):

@@ -10,7 +10,23 @@ from torch import nn
 
 from megatron_rpp.errors import EngineError
 from megatron_rpp.rollout.engine import UPDATE_S, Engine
+from megatron_rpp.rollout.memory import Outbox
 from tests.sglang import tiny
+
+
+def publish_shards(engine: Engine, model: nn.Module, version: int) -> None:
+    """Every rank its own shards, from a memory of its own, as trainers hand them over."""
+    ranks = [tiny.shards(model, rank, 2) for rank in range(2)]
+    outboxes = [Outbox(), Outbox()]
+    with engine.update_shards(version, [tiny.announce(parameters, 2) for parameters in ranks]) as load:
+        load(
+            [
+                box.pack([part for name in parameters for part in tiny.rectangles(name, parameters[name])])
+                for box, parameters in zip(outboxes, ranks, strict=True)
+            ]
+        )
+    for box in outboxes:
+        box.close()
 
 
 @pytest.mark.slow
@@ -37,8 +53,10 @@ def test_two_workers_are_one_model_before_and_after_an_update(start_engine: Call
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.div_(0.9)
+    publish_shards(engine, model, 2)
+    assert worst_gap() < 5e-6
     engine._call("begin", UPDATE_S)
     with pytest.raises(EngineError, match=r"rank 0: ValueError: unknown tensor x; rank 1: ValueError: unknown tensor x"):
-        engine._call("load", UPDATE_S, bucket=engine._outbox.pack([("x", torch.zeros(1))]))
+        engine._call("load", UPDATE_S, buckets=[engine._outbox.pack([("x", torch.zeros(1))])])
     engine.close()
     assert not engine._process.members()

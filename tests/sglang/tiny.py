@@ -14,6 +14,7 @@ from megatron_rpp.rollout.seeds import request_seed
 from tests.mcore.hf import transformers
 
 VOCAB = 160
+PADDED_VOCAB = 192  # SGLang pads to a multiple of 64
 END = 1
 LAYERS = 3
 QUIET_S = 60.0
@@ -80,3 +81,43 @@ def publish(engine: Engine, tensors: Sequence[tuple[str, Tensor]], version: int,
     with engine.update(version) as load:
         for bucket in range(num_buckets):
             load(tensors[bucket::num_buckets])
+
+
+def shards(model: nn.Module, rank: int, tp: int) -> dict[str, Tensor]:
+    """What SGLang's parameters hold on one rank, cut by hand: query, key and value in one matrix, gate and up in one."""
+    whole = dict(state(model))
+
+    def rows(name: str) -> Tensor:
+        return whole[name].chunk(tp)[rank]
+
+    # The padded vocabulary is cut in equal parts, so the last rank has fewer true rows.
+    first, height = rank * PADDED_VOCAB // tp, PADDED_VOCAB // tp
+    found = {name: whole[name][first : first + height] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    found["model.norm.weight"] = whole["model.norm.weight"]
+    for n in range(LAYERS):
+        at = f"model.layers.{n}"
+        found[f"{at}.self_attn.qkv_proj.weight"] = torch.cat([rows(f"{at}.self_attn.{part}_proj.weight") for part in "qkv"])
+        found[f"{at}.mlp.gate_up_proj.weight"] = torch.cat([rows(f"{at}.mlp.{part}_proj.weight") for part in ("gate", "up")])
+        for name in (f"{at}.self_attn.o_proj.weight", f"{at}.mlp.down_proj.weight"):
+            found[name] = whole[name].chunk(tp, dim=1)[rank]
+        norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+        found |= {f"{at}.{norm}.weight": whole[f"{at}.{norm}.weight"] for norm in norms}
+    return found
+
+
+def announce(parameters: dict[str, Tensor], tp: int) -> dict[str, tuple[list[int], int]]:
+    """Of a rank's parameters: their shapes in SGLang, and how many elements come."""
+
+    def shape(name: str, tensor: Tensor) -> list[int]:
+        return [PADDED_VOCAB // tp, tensor.shape[1]] if "embed" in name or "lm_head" in name else list(tensor.shape)
+
+    return {name: (shape(name, tensor), tensor.numel()) for name, tensor in parameters.items()}
+
+
+def rectangles(name: str, tensor: Tensor) -> list[tuple[list[object], Tensor]]:
+    """A parameter in four rectangles of different sizes, or a vector in two."""
+    matrix = tensor if tensor.dim() == 2 else tensor[:, None]
+    row, col = matrix.shape[0] // 3, matrix.shape[1] // 2
+    corners = [(slice(0, row), slice(0, col)), (slice(0, row), slice(col, None))]
+    corners += [(slice(row, None), slice(0, col)), (slice(row, None), slice(col, None))]
+    return [([name, [], r.start, c.start], matrix[r, c]) for r, c in corners if matrix[r, c].numel()]
