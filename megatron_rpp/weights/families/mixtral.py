@@ -9,11 +9,13 @@ from megatron_rpp.weights.families import llama
 from megatron_rpp.weights.families.blocks import experts, replicated, whole
 from megatron_rpp.weights.families.dims import Dims
 from megatron_rpp.weights.families.parameter import Model, Parameter
+from megatron_rpp.weights.families.qwen3_moe import engine_limit
 
 
 def describe(config: Mapping[str, Any]) -> Model:
     """The model that config.json stands for. Raises: what Dims.from_hf raises."""
-    return llama.decoder(Dims.from_hf(config, experts="num_local_experts", expert_ffn="intermediate_size"), layer)
+    dims = Dims.from_hf(config, experts="num_local_experts", expert_ffn="intermediate_size")
+    return llama.decoder(dims, layer, not_in_engine=engine_limit(dims))
 
 
 def layer(dims: Dims, n: int) -> tuple[Parameter, ...]:

@@ -9,7 +9,7 @@ from megatron_rpp.weights.families import llama, qwen2
 from megatron_rpp.weights.families.blocks import gated_mlp, replicated
 from megatron_rpp.weights.families.dims import Dims, size
 from megatron_rpp.weights.families.parameter import Model, Parameter
-from megatron_rpp.weights.families.qwen3_moe import all_sparse, dense_layers, moe
+from megatron_rpp.weights.families.qwen3_moe import dense_layers, engine_limit, moe
 
 
 def describe(config: Mapping[str, Any]) -> Model:
@@ -21,7 +21,7 @@ def describe(config: Mapping[str, Any]) -> Model:
         sparse = () if n in dense else (*moe(dims, n), *shared_expert(dims, n, shared))
         return (*qwen2.attention(dims, n), *(sparse or llama.mlp(dims, n)))
 
-    return llama.decoder(dims, layer, has_attention_dp=True, not_in_engine=all_sparse(dense))
+    return llama.decoder(dims, layer, has_attention_dp=True, not_in_engine=engine_limit(dims, dense))
 
 
 def shared_expert(dims: Dims, n: int, ffn: int) -> tuple[Parameter, ...]:

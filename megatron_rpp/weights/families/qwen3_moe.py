@@ -21,7 +21,7 @@ def describe(config: Mapping[str, Any]) -> Model:
     def layer(dims: Dims, n: int) -> tuple[Parameter, ...]:
         return (*qwen3.attention(dims, n), *(llama.mlp(dims, n) if n in dense else moe(dims, n)))
 
-    return llama.decoder(dims, layer, has_attention_dp=True, not_in_engine=all_sparse(dense))
+    return llama.decoder(dims, layer, has_attention_dp=True, not_in_engine=engine_limit(dims, dense))
 
 
 def dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
@@ -30,8 +30,10 @@ def dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
     return frozenset(n for n in range(layers) if n in listed or (n + 1) % step)
 
 
-def all_sparse(dense: frozenset[int]) -> str | None:
-    """Why SGLang cannot run a model of this kind: its classes put experts into every layer."""
+def engine_limit(dims: Dims, dense: frozenset[int] = frozenset()) -> str | None:
+    """Why SGLang cannot run a model of this kind: its classes put experts into every layer and keep a head of their own."""
+    if dims.is_tied:
+        return "SGLang's class never ties the head to the embedding, as the model does, and would sample from random numbers"
     return f"SGLang's class has experts in every layer, the model not in {sorted(dense)}" if dense else None
 
 

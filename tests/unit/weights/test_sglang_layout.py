@@ -117,3 +117,10 @@ def test_the_vocabulary_is_padded_as_sglang_does(vocab: int, ranks: int, rows: i
 def test_an_engine_that_cannot_be_is_refused(name: str, change: dict[str, int], error: type[RppError], message: str) -> None:
     with pytest.raises(error, match=message):
         SGLangLayout(model_of(name), **{"tp": 4, "dtype": torch.float32, **change})
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe, shared expert", "mixtral"])
+def test_a_tied_head_is_refused_where_sglang_would_fill_one_of_its_own_at_random(name: str) -> None:
+    model = describe(ALL_CONFIGS[name] | {"tie_word_embeddings": True})
+    with pytest.raises(ConfigError, match="never ties the head"):
+        SGLangLayout(model, tp=1, dtype=torch.float32)
