@@ -146,6 +146,8 @@ def parse_hf_config(raw: Json, *, where: str) -> HfModel:
         )
     except KeyError as error:
         raise ConfigError(f"the entry {error} is missing", where=where) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError("an entry has a value of the wrong kind", where=where, got=error, fix="fetch config.json again") from error
 
 
 def _router(raw: Json, experts: ExpertShape, where: str) -> Router:

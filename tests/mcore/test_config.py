@@ -56,6 +56,8 @@ def test_sizes_and_their_defaults_are_read() -> None:
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), ["rope_scaling", "yarn", "llama3"]),
         (dict(partial_rotary_factor=0.5), ["partial"]),
         (dict(quantization_config=dict(bits=4)), ["quantization_config"]),
+        (dict(rms_norm_eps="tiny"), ["config.json", "wrong kind", "tiny"]),
+        (dict(num_hidden_layers=[4]), ["config.json", "wrong kind", "list"]),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(changes: dict[str, Any], words: list[str]) -> None:
