@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from megatron_rpp.dist.agreement import raise_together
+from megatron_rpp.dist.agreement import attempt, raise_together
 from megatron_rpp.dist.collectives import gather_objects
 from megatron_rpp.dist.layout import EngineGroup
 from megatron_rpp.errors import RppError
@@ -73,15 +73,15 @@ class DirectPath:
         deadline_s: float,
     ) -> None:
         """mine: the engine group of this rank; target: who keeps what in all engines."""
-        self._live, self._engine, self._mine, self._target = live, engine, mine, target
+        self._live, self._engine, self._mine = live, engine, mine
         self._deadline_s = deadline_s
+        self._announced = [announce(target.locals(rank)) for rank in mine.ranks] if engine is not None else []
         self._shards = ShardStream(live, target, bucket_bytes=bucket_bytes, deadline_s=deadline_s)
         self._outbox = Outbox()
 
     def send(self, version: int) -> None:
-        announced = [announce(self._target.locals(rank)) for rank in self._mine.ranks] if self._mine is not None else []
         with ExitStack() as update:
-            load = _begin(update, self._engine, lambda engine: engine.update_shards(version, announced), self._live, self._deadline_s)
+            load = _begin(update, self._engine, lambda engine: engine.update_shards(version, self._announced), self._live, self._deadline_s)
             with closing(self._shards.deliveries()) as buckets:
                 for bucket in buckets:
                     with bucket:
@@ -108,15 +108,6 @@ def labelled(parts: Sequence[tuple[Transfer, Tensor]]) -> Bucket:
         row, col = piece.row + rect.row - piece.rect.row, piece.col + rect.col - piece.rect.col
         found.append(((transfer.dst_local, piece.index, row, col), values))
     return found
-
-
-def attempt(call: Callable[[], object]) -> RppError | None:
-    """The error that a call ended with, for `raise_together`."""
-    try:
-        call()
-    except RppError as error:
-        return error
-    return None
 
 
 def _begin(

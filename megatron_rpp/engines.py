@@ -95,7 +95,7 @@ def open_path(process: Process, live: LiveWeights, sampler: Sampler) -> WeightPa
         engines=len(groups),
         places=tuple(rank for group in groups for rank in group.ranks),
     )
-    mine = next((group for group in groups if process.groups.rank in group.ranks), None)
+    mine = engine_group(process.groups.rank, cfg.rollout.tp, len(groups))
     return DirectPath(live, sampler.engine, mine, target, **limits)
 
 

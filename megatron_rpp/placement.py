@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from megatron_rpp.delivery import WeightPath, attempt
-from megatron_rpp.dist.agreement import Failure, raise_together, share_errors
+from megatron_rpp.delivery import WeightPath
+from megatron_rpp.dist.agreement import Failure, attempt, raise_together, share_errors
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import RppError, StaleWeightsError
 from megatron_rpp.mcore.policy import Policy

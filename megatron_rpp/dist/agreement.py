@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import megatron_rpp.errors
@@ -46,3 +47,12 @@ def raise_together(error: RppError | None, *, groups: Groups, what: str, deadlin
         raise error
     if failures:
         raise failures[0].as_error(what)
+
+
+def attempt(call: Callable[[], object]) -> RppError | None:
+    """The error that a call ended with, for `raise_together`."""
+    try:
+        call()
+    except RppError as error:
+        return error
+    return None
