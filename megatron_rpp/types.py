@@ -76,8 +76,12 @@ class PackedBatch:
     """The sequences of one data-parallel rank, flat. The same on every tp, cp and pp peer of that rank.
 
     tokens_T int64; cu_len_S1 int32 offsets; mask_T bool, True on tokens the policy sampled; logp_* float32;
-    score_S float64; group_S int64, equal for responses to one prompt over all ranks; version_S int64; is_truncated_S bool.
-    A batch may be empty (S = 0, T = 0).
+    score_S float64; group_S int64, equal for responses to one prompt over all ranks; domain_S int64, equal for prompts of one
+    domain over all ranks; version_S int64; is_truncated_S bool. A batch may be empty (S = 0, T = 0).
+
+    Filled in before the update: logp_old_T, logp_ref_T; value_T float32, the critic's estimate of the return from token t on,
+    before it is written; weight_T float32, what a token's policy loss is multiplied by (the roll-out engine's correction).
+    All four mean something on mask_T only.
     """
 
     tokens_T: Tensor
@@ -86,18 +90,21 @@ class PackedBatch:
     logp_rollout_T: Tensor
     score_S: Tensor
     group_S: Tensor
+    domain_S: Tensor
     version_S: Tensor
     is_truncated_S: Tensor
     logp_old_T: Tensor | None = None
     logp_ref_T: Tensor | None = None
+    value_T: Tensor | None = None
+    weight_T: Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens, sequences = self.tokens_T.numel(), self.score_S.numel()
         assert self.cu_len_S1.numel() == sequences + 1, (self.cu_len_S1.shape, sequences)
         assert int(self.cu_len_S1[-1]) == tokens, (self.cu_len_S1, tokens)
-        for name in ("mask_T", "logp_rollout_T", "logp_old_T", "logp_ref_T"):
-            value = getattr(self, name)
-            assert value is None or value.shape == (tokens,), (name, value.shape, tokens)
+        for name in self.__slots__:
+            value, size = getattr(self, name), {"_T": tokens, "_S": sequences}.get(name[-2:])
+            assert size is None or value is None or value.shape == (size,), (name, value.shape, size)
         assert self.mask_T.dtype == torch.bool
 
     @property

@@ -69,6 +69,7 @@ def pack(inputs: Values) -> PackedBatch:
         logp_rollout_T=torch.full((mask_T.numel(),), math.nan, dtype=torch.float64),
         score_S=torch.tensor(inputs["rewards"], dtype=torch.float64),
         group_S=torch.tensor([number_of[group] for group in groups], dtype=torch.int64),
+        domain_S=torch.zeros(len(rows), dtype=torch.int64),
         version_S=torch.zeros(len(rows), dtype=torch.int64),
         is_truncated_S=torch.tensor(truncated, dtype=torch.bool),
         logp_old_T=packed_rows(inputs["logp_old"], mask_T) if "logp_old" in inputs else None,

@@ -40,9 +40,7 @@ class Population(Protocol):
 class Normaliser(Protocol):
     """Brings values to mean 0 and variance 1 over the masked tokens of all ranks. Entered by every rank, empty ones too."""
 
-    def __call__(
-        self, x_T: Tensor, mask_T: Tensor, *, sequence_T: Tensor, population: Literal["token", "sample"], recentre: bool
-    ) -> tuple[Tensor, Population]: ...
+    def __call__(self, x_T: Tensor, mask_T: Tensor, *, sequence_T: Tensor, domain_S: Tensor) -> tuple[Tensor, Population]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +118,7 @@ def compute_advantages(batch: PackedBatch, algo: Algo, *, scores: Scores, normal
             raw_T,
             batch.mask_T,
             sequence_T=sequence_of(batch.cu_len_S1),
-            population=algo.norm_population,
-            recentre=algo.norm_recentre,
+            domain_S=batch.domain_S,
         )
     return adv_T, _stats(seen, algo)
 

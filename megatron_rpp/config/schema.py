@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Literal, dataclass_transform
 
 Scalar = bool | int | float | str | None
-EstimatorName = Literal["reinforce_pp", "reinforce_pp_baseline"]
+PresetName = Literal["reinforce_pp", "reinforce_pp_baseline", "prorl_v2", "dapo", "grpo", "dr_grpo", "rloo", "remax", "gspo", "ppo"]
+EstimatorName = Literal["reinforce_pp", "reinforce_pp_baseline", "rloo", "remax", "grpo", "dr_grpo", "gae"]
+LossName = Literal["ppo_clip", "gspo", "cispo", "reinforce"]
+AggregateName = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant_length"]
+KlName = Literal["k1", "k2", "k3"]
+KlLossName = Literal["k1", "k2", "k3", "k1_unbiased", "k2_unbiased", "k3_unbiased"]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -70,6 +75,11 @@ class Reward:
     timeout_s: float = 10.0  # wall clock of one verifier call, then its worker is killed
     num_workers: int = 2
     failed_score: float = 0.0  # the score of a response whose verifier failed
+    # What truncation does to a score, before any baseline. Truncated is what the engine stopped for its length.
+    overlong_frac: float = 0.0  # last share of max_response_tokens over which a penalty grows from 0 to overlong_penalty (DAPO: 0.2)
+    overlong_penalty: float = 1.0
+    truncated_coef: float | None = None  # the score of a truncated response is multiplied by it (stop properly: 0)
+    truncated_score: float | None = None  # or replaced by this
 
 
 @config
@@ -82,6 +92,8 @@ class Rollout:
     temperature: float = 1.0
     top_p: float = 1.0
     max_concurrent: int = 128  # requests in flight at one engine
+    keep_groups: Literal["all", "informative"] = "all"  # informative: prompts whose raw scores differ; others are sampled in their place
+    max_refills: int = 3  # roll-outs to make up for dropped prompts in one step; then it trains on what there is
     start_deadline_s: float = 600.0
     deadline_s: float = 7200.0  # all responses of one step; an engine silent for run.deadline_s is given up before
     sglang: dict[str, Scalar] = field(default_factory=dict)  # any ServerArgs field
@@ -97,17 +109,64 @@ class Weights:
 
 @config
 class Algo:
+    """Credit and loss. Which paper uses what is in config/presets.py."""
+
     estimator: EstimatorName = "reinforce_pp_baseline"
     gamma: float = 1.0
-    kl_reward_coef: float = 0.0  # beta: k1 to the reference, subtracted from every token's reward
-    kl_loss_coef: float = 0.0  # lambda: k2 to the reference, added to the loss
+    gae_lambda: float = 1.0  # of estimator gae
+    gae_length_alpha: float | None = None  # lambda = 1 - 1 / (alpha * tokens of the response) in place of gae_lambda (VAPO: 0.05)
+    grpo_std: Literal["group", "batch"] = "group"  # whose scores' deviation divides in estimator grpo
+    grpo_std_unbiased: bool = True  # n - 1 in it
+    grpo_std_eps: float = 1e-6  # added to it
+    reward_clip: tuple[float, float] | None = (-10.0, 10.0)  # applied before the baseline
+    filter_truncated: bool = False  # truncated responses leave loss and statistics; they stay in their group's mean
+    kl_reward_coef: float = 0.0  # beta: subtracted from every token's reward
+    kl_reward: KlName = "k1"
+    kl_loss_coef: float = 0.0  # lambda: added to the loss
+    kl_loss: KlLossName = "k2_unbiased"  # unbiased: its expected gradient is that of KL(new || ref), whatever minibatches is
+    kl_target: float | None = None  # nats a token; the coefficient that is not 0 then follows it (Ziegler et al.)
+    kl_horizon: int = 10_000  # responses over which it follows
+    loss: LossName = "ppo_clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    reward_clip: tuple[float, float] | None = (-10.0, 10.0)  # applied before the baseline
-    norm_population: Literal["token", "sample"] = "token"
-    norm_recentre: bool = True
+    dual_clip: float | None = None  # largest ratio that a negative advantage is multiplied by
+    aggregate: AggregateName = "token_mean"
+    aggregate_tokens: int | None = None  # of constant_length; None: rollout.max_response_tokens
     minibatches: int = 1  # optimiser steps on one roll-out batch
     entropy_coef: float = 0.0
+
+
+@config
+class Correction:
+    """Weights exp(logp_old - logp_rollout) for what the roll-out engine computed otherwise than the trainer."""
+
+    kind: Literal["none", "tis", "icepop", "mis"] = "none"  # held to [low, high] | 0 outside it | out of the loss mask outside it
+    level: Literal["token", "sequence", "geometric"] = "token"  # each token's | product | geometric mean over the response
+    low: float = 0.0
+    high: float = 2.0
+    veto: float | None = None  # a response with a token below this weight is left out
+
+
+@config
+class Stats:
+    """The normalisation of advantages over the global batch."""
+
+    normalise: Literal["auto", "on", "off"] = "auto"  # auto: as the estimator's paper does
+    population: Literal["token", "sample"] = "token"
+    scope: Literal["global", "domain"] = "global"  # domain: the prompts of each data.domain_key by themselves
+    recentre: bool = True
+    wire: Literal["fp64", "fp32", "fp8"] = "fp64"  # how the sums travel between ranks
+    limbs: int | None = None  # FP8 numbers that carry one float64; None: enough for 1e-6
+
+
+@config
+class Critic:
+    """The value model of estimator gae: its own head on the same backbone, on the same devices. Its layout is the policy's."""
+
+    hf: Path | None = None  # backbone; None takes model.hf
+    lr: float = 1e-5
+    warmup_steps: int = 0  # outer steps in which only the critic learns
+    value_clip: float | None = 0.5  # how far a value may move from its old one before the loss is held
 
 
 @config
@@ -164,12 +223,16 @@ class Sft:
 class Config:
     model: Model
     data: Data
+    preset: PresetName | None = None  # a paper's settings under those written here; see config/presets.py
     run: Run = field(default_factory=Run)
     parallel: Parallel = field(default_factory=Parallel)
     reward: Reward = field(default_factory=Reward)
     rollout: Rollout = field(default_factory=Rollout)
     weights: Weights = field(default_factory=Weights)
     algo: Algo = field(default_factory=Algo)
+    correction: Correction = field(default_factory=Correction)
+    stats: Stats = field(default_factory=Stats)
+    critic: Critic = field(default_factory=Critic)
     optim: Optim = field(default_factory=Optim)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)

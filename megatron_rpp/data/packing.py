@@ -73,7 +73,8 @@ def assign_ranks(groups: Sequence[Group], dp_size: int, *, num_minibatches: int 
 def pack_groups(groups: Sequence[Group], dp_rank: int, dp_size: int, *, num_minibatches: int = 1) -> PackedBatch:
     """This dp rank's share of the responses as one flat batch.
 
-    `groups` must be the same on every rank. group_S is the group's place in `groups`, hence equal on all ranks.
+    `groups` must be the same on every rank. group_S is the group's place in `groups`, domain_S that of its prompt's domain among
+    the sorted domains of `groups`; hence both are equal on all ranks.
     With fewer responses than ranks some batches are empty; they are valid batches.
 
     Raises: DataError for a response without a score or a prompt without a token; ConfigError for more minibatches than groups.
@@ -86,6 +87,7 @@ def pack_groups(groups: Sequence[Group], dp_rank: int, dp_size: int, *, num_mini
     for _, prompt, response in mine:
         _check(prompt, response)
     lengths = [len(prompt.tokens) + len(response.tokens) for _, prompt, response in mine]
+    number_of = {domain: number for number, domain in enumerate(sorted({group.prompt.domain for group in groups}))}
     return PackedBatch(
         tokens_T=torch.tensor([token for _, p, r in mine for token in (*p.tokens, *r.tokens)], dtype=torch.int64),
         cu_len_S1=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
@@ -93,6 +95,7 @@ def pack_groups(groups: Sequence[Group], dp_rank: int, dp_size: int, *, num_mini
         logp_rollout_T=torch.tensor([logp for _, p, r in mine for logp in (*[0.0] * len(p.tokens), *r.logp_rollout)], dtype=torch.float32),
         score_S=torch.tensor([r.score for _, _, r in mine], dtype=torch.float64),
         group_S=torch.tensor([number for number, _, _ in mine], dtype=torch.int64),
+        domain_S=torch.tensor([number_of[prompt.domain] for _, prompt, _ in mine], dtype=torch.int64),
         version_S=torch.tensor([r.version for _, _, r in mine], dtype=torch.int64),
         is_truncated_S=torch.tensor([r.is_truncated for _, _, r in mine], dtype=torch.bool),
     )
@@ -157,15 +160,7 @@ def select(batch: PackedBatch, sequences: Sequence[int]) -> PackedBatch:
     positions = token_index(batch.cu_len_S1, sequences).to(batch.tokens_T.device)
     picked = torch.tensor(sequences, dtype=torch.int64, device=batch.score_S.device)
     lengths = torch.diff(batch.cu_len_S1)[picked]
-    return PackedBatch(
-        tokens_T=batch.tokens_T[positions],
-        cu_len_S1=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32),
-        mask_T=batch.mask_T[positions],
-        logp_rollout_T=batch.logp_rollout_T[positions],
-        score_S=batch.score_S[picked],
-        group_S=batch.group_S[picked],
-        version_S=batch.version_S[picked],
-        is_truncated_S=batch.is_truncated_S[picked],
-        logp_old_T=None if batch.logp_old_T is None else batch.logp_old_T[positions],
-        logp_ref_T=None if batch.logp_ref_T is None else batch.logp_ref_T[positions],
-    )
+    index = {"_T": positions, "_S": picked}
+    values = {name: getattr(batch, name) for name in batch.__slots__ if name[-2:] in index}
+    chosen = {name: None if value is None else value[index[name[-2:]]] for name, value in values.items()}
+    return PackedBatch(cu_len_S1=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32), **chosen)

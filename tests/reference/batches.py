@@ -43,6 +43,7 @@ def packed(
         logp_rollout_T=torch.full((sum(lengths),), outside, dtype=dtype),
         score_S=torch.tensor(list(scores), dtype=torch.float64),
         group_S=torch.tensor(list(groups) if groups is not None else list(range(len(lengths))), dtype=torch.int64),
+        domain_S=torch.zeros(len(lengths), dtype=torch.int64),
         version_S=torch.zeros(len(lengths), dtype=torch.int64),
         is_truncated_S=torch.zeros(len(lengths), dtype=torch.bool),
         logp_old_T=flat(old),
