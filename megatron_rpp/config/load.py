@@ -1,7 +1,7 @@
 """Read the settings of a run: YAML files, then `section.name=value` from the command line, decoded strictly.
 
 A file may start from others with `extends: base.yaml` (or a list; later ones win, then the file itself); sections merge,
-lists and values replace.
+lists and values replace. `preset: NAME` puts a paper's settings (presets.py) under all of them.
 
 Paths of inputs (model.hf, model.ref, data.train, data.eval, sft.train) are relative to the file that they are written in, so that
 an example runs from any directory; given on the command line they are relative to the working directory, as a shell user
@@ -19,6 +19,7 @@ from typing import Any
 from megatron_rpp.config import load_yaml
 from megatron_rpp.config.load_decode import decode
 from megatron_rpp.config.load_yaml import KeyPath
+from megatron_rpp.config.presets import PRESETS
 from megatron_rpp.config.schema import Config
 from megatron_rpp.errors import ConfigError
 
@@ -40,6 +41,7 @@ def load_with_lines(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Co
     tree, lines = _read_with_bases(path, ())
     for override in overrides:
         _apply(override, tree, lines)
+    tree = _over_preset(tree, lines)
     cfg = decode(tree, lines, source=str(path))
     cwd = Path.cwd()
     run = replace(cfg.run, dir=_absolute(cfg.run.dir, cwd))
@@ -72,7 +74,8 @@ def _read_with_bases(path: Path, users: tuple[Path, ...]) -> tuple[dict[str, Any
         raise ConfigError("the settings must be sections of `name: value` lines", where=str(path), got=type(own).__name__)
     bases = own.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
-    own = {name: {} if section is None else section for name, section in own.items()}  # a section with every line commented out
+    # A section with every line commented out is there all the same; a preset that is null is none.
+    own = {name: {} if section is None and name != "preset" else section for name, section in own.items()}
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
         raise ConfigError("`extends` must be a file name or a list of file names", where=document.lines[("extends",)], got=repr(bases))
     for section, name in _INPUTS:
@@ -85,6 +88,16 @@ def _read_with_bases(path: Path, users: tuple[Path, ...]) -> tuple[dict[str, Any
         tree = _merge(tree, below)
         lines |= below_lines
     return _merge(tree, own), lines | document.lines
+
+
+def _over_preset(tree: dict[str, Any], lines: dict[KeyPath, str]) -> dict[str, Any]:
+    """The settings with those of the preset, where one is named, under them. An unknown name is left for decode to explain."""
+    name = tree.get("preset")
+    below = PRESETS.get(name, {}) if isinstance(name, str) else {}
+    for section, values in below.items():
+        for setting in values:
+            lines.setdefault((section, setting), f"preset {name}")
+    return _merge(below, tree)
 
 
 def _absolute(path: Path, start: Path) -> Path:
@@ -102,8 +115,8 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def _apply(override: str, tree: dict[str, Any], lines: dict[KeyPath, str]) -> None:
     dotted, equals, text = override.partition("=")
-    *sections, name = path = tuple(dotted.split("."))
-    if not (equals and sections and all(path)):
+    *sections, name = path = tuple(dotted.split("."))  # only `preset` stands in no section
+    if not (equals and all(path) and (sections or name == "preset")):
         expected = "section.name=value, e.g. optim.lr=1e-6"
         raise ConfigError("cannot read an override", where=COMMAND_LINE, expected=expected, got=repr(override))
     value = load_yaml.parse(text, f"{COMMAND_LINE}, {dotted}").value

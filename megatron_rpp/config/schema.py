@@ -160,16 +160,6 @@ class Stats:
 
 
 @config
-class Critic:
-    """The value model of estimator gae: its own head on the same backbone, on the same devices. Its layout is the policy's."""
-
-    hf: Path | None = None  # backbone; None takes model.hf
-    lr: float = 1e-5
-    warmup_steps: int = 0  # outer steps in which only the critic learns
-    value_clip: float | None = 0.5  # how far a value may move from its old one before the loss is held
-
-
-@config
 class Optim:
     lr: float = 1e-6
     min_lr: float = 0.0
@@ -182,6 +172,16 @@ class Optim:
     clip_grad: float = 1.0
     microbatch_tokens: int = 8192  # packed tokens of one forward; a longer sequence stands alone
     distributed: bool = True  # shard the optimiser state over dp
+
+
+@config
+class Critic:
+    """The value model of estimator gae: its own head on the same backbone, on the same devices. Its layout is the policy's."""
+
+    hf: Path | None = None  # backbone; None takes model.hf
+    lr: float = 1e-5
+    warmup_steps: int = 0  # outer steps in which only the critic learns
+    value_clip: float | None = 0.5  # how far a value may move from its old one before the loss is held
 
 
 @config
@@ -232,8 +232,8 @@ class Config:
     algo: Algo = field(default_factory=Algo)
     correction: Correction = field(default_factory=Correction)
     stats: Stats = field(default_factory=Stats)
-    critic: Critic = field(default_factory=Critic)
     optim: Optim = field(default_factory=Optim)
+    critic: Critic = field(default_factory=Critic)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
     observe: Observe = field(default_factory=Observe)

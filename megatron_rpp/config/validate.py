@@ -17,6 +17,7 @@ from megatron_rpp.config.hf_shape import HfShape, read_hf_shape
 from megatron_rpp.config.options import option_problems
 from megatron_rpp.config.problems import Problem, refuse
 from megatron_rpp.config.schema import Config, Parallel
+from megatron_rpp.config.validate_algo import algo_problems, algo_warnings
 from megatron_rpp.errors import ConfigError, GeometryError
 from megatron_rpp.host import num_gpus
 
@@ -45,7 +46,7 @@ def validate(
     Raises: ConfigError, or GeometryError when only layouts are wrong, with one line for each broken rule.
     """
     lines = lines or {}
-    problems = [*_bounds(cfg), *_ranges(cfg), *_without_effect(cfg), *_inputs(cfg), *option_problems(cfg)]
+    problems = [*_bounds(cfg), *_ranges(cfg), *_without_effect(cfg), *algo_problems(cfg), *_inputs(cfg), *option_problems(cfg)]
     problems += _sft(cfg) if for_sft else ()
     hf: HfShape | None = None
     try:
@@ -61,43 +62,21 @@ def validate(
 
 
 _AT_LEAST_1 = (
-    *(
-        "run.steps",
-        "parallel.tp",
-        "parallel.pp",
-        "parallel.vpp",
-        "parallel.cp",
-        "parallel.dp",
-        "parallel.ep",
-        "parallel.etp",
-        "data.max_prompt_tokens",
-        "reward.num_workers",
-    ),
+    *("run.steps", "parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp", "parallel.dp", "parallel.ep", "parallel.etp"),
     *("rollout.tp", "rollout.engines", "rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_response_tokens"),
-    *("rollout.max_concurrent", "weights.bucket_mib", "algo.minibatches", "optim.microbatch_tokens", "checkpoint.keep", "eval.max_prompts"),
-    *("eval.max_response_tokens", "sft.batch_sequences"),
+    *("rollout.max_concurrent", "weights.bucket_mib", "algo.minibatches", "algo.aggregate_tokens", "algo.kl_horizon", "stats.limbs"),
+    *("optim.microbatch_tokens", "checkpoint.keep", "eval.max_prompts", "eval.max_response_tokens", "sft.batch_sequences"),
+    *("data.max_prompt_tokens", "reward.num_workers"),
 )
 _AT_LEAST_0 = (
-    *("run.seed", "algo.kl_reward_coef", "algo.kl_loss_coef", "algo.entropy_coef", "optim.lr", "optim.min_lr", "optim.warmup_steps"),
-    *(
-        "optim.weight_decay",
-        "optim.clip_grad",
-        "checkpoint.every",
-        "eval.every",
-        "eval.temperature",
-        "sft.steps",
-        "sft.lr",
-        "sft.warmup_steps",
-    ),
+    *("run.seed", "algo.kl_reward_coef", "algo.kl_loss_coef", "algo.entropy_coef", "algo.grpo_std_eps", "reward.overlong_penalty"),
+    *("rollout.max_refills", "critic.lr", "critic.warmup_steps", "optim.lr", "optim.min_lr", "optim.warmup_steps"),
+    *("optim.weight_decay", "optim.clip_grad", "checkpoint.every", "eval.every", "eval.temperature"),
+    *("sft.steps", "sft.lr", "sft.warmup_steps"),
 )
 _ABOVE_0 = (
-    "run.deadline_s",
-    "reward.timeout_s",
-    "rollout.temperature",
-    "rollout.start_deadline_s",
-    "rollout.deadline_s",
-    "optim.eps",
-    "observe.mismatch_alarm",
+    *("run.deadline_s", "reward.timeout_s", "rollout.temperature", "rollout.start_deadline_s", "rollout.deadline_s"),
+    *("optim.eps", "observe.mismatch_alarm", "algo.gae_length_alpha", "algo.kl_target", "critic.value_clip"),
 )
 
 
@@ -132,28 +111,16 @@ def _not_finite(section: Any, prefix: str) -> Iterator[Problem]:
 
 
 def _ranges(cfg: Config) -> Iterator[Problem]:
-    algo, optim = cfg.algo, cfg.optim
+    optim = cfg.optim
     if cfg.run.seed >= 2**32:
         yield Problem("run.seed", f"must be below 2^32, got {cfg.run.seed}")
     if not 0 < cfg.rollout.top_p <= 1:
         yield Problem("rollout.top_p", f"must be in (0, 1], got {cfg.rollout.top_p}; 1.0 samples from the whole distribution")
-    if not 0 <= algo.gamma <= 1:
-        yield Problem("algo.gamma", f"must be in [0, 1], got {algo.gamma}")
-    for name in ("clip_low", "clip_high"):
-        if not 0 < getattr(algo, name) < 1:
-            yield Problem(f"algo.{name}", f"must be in (0, 1), got {getattr(algo, name)}; set e.g. 0.2")
-    if algo.reward_clip is not None and not algo.reward_clip[0] < algo.reward_clip[1]:
-        yield Problem("algo.reward_clip", f"must be [lowest, highest], got {list(algo.reward_clip)}")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             yield Problem(f"optim.{name}", f"must be in [0, 1), got {getattr(optim, name)}")
     if optim.min_lr > optim.lr:
         yield Problem("optim.min_lr", f"must not exceed optim.lr = {optim.lr}, got {optim.min_lr}")
-    if algo.estimator == "reinforce_pp_baseline" and cfg.rollout.samples_per_prompt == 1:
-        message = (
-            "algo.estimator reinforce_pp_baseline subtracts the mean score of a prompt's responses, which leaves nothing of a single one"
-        )
-        yield Problem("rollout.samples_per_prompt", f"{message}; set at least 2, or algo.estimator: reinforce_pp")
 
 
 def _without_effect(cfg: Config) -> Iterator[Problem]:
@@ -162,8 +129,6 @@ def _without_effect(cfg: Config) -> Iterator[Problem]:
         yield Problem("eval.every", "has no effect without data.eval; set the file with the held-out problems")
     if cfg.optim.min_lr > 0 and cfg.optim.schedule == "constant":
         yield Problem("optim.min_lr", "has no effect with optim.schedule: constant; choose linear or cosine")
-    if cfg.model.ref is not None and cfg.algo.kl_reward_coef == cfg.algo.kl_loss_coef == 0:
-        yield Problem("model.ref", "has no effect while algo.kl_reward_coef and algo.kl_loss_coef are 0")
 
 
 def _inputs(cfg: Config) -> Iterator[Problem]:
@@ -267,12 +232,9 @@ def _experts(parallel: Parallel, hf: HfShape) -> Iterator[Problem]:
 
 def _warnings(cfg: Config) -> Iterator[str]:
     rollout, algo, ranks = cfg.rollout, cfg.algo, num_ranks(cfg)
-    if rollout.top_p < 1:
-        yield f"rollout.top_p {rollout.top_p}: the engine samples from a cut distribution, so logp_rollout is not comparable with logp_old"
+    yield from algo_warnings(cfg)
     if cfg.model.dtype == "bfloat16" and (cfg.run.device == "cpu" or num_gpus() == 0):
         yield "model.dtype bfloat16 on a CPU is slow and inexact; set model.dtype: float32"
-    if algo.kl_reward_coef > 0 and algo.kl_loss_coef > 0:
-        yield "algo.kl_reward_coef and algo.kl_loss_coef both pull to the reference; one of them is the usual choice"
     if rollout.prompts_per_step % algo.minibatches:
         yield f"{rollout.prompts_per_step} prompts do not divide into algo.minibatches {algo.minibatches}: optimiser steps differ in size"
     if rollout.prompts_per_step * rollout.samples_per_prompt < cfg.parallel.dp * algo.minibatches:

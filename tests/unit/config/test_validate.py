@@ -40,13 +40,28 @@ REFUSED = [
     ("algo.kl_reward_coef=-0.1", "algo.kl_reward_coef: must be 0 or more, got -0.1"),
     ("algo.kl_loss_coef=-0.1", "algo.kl_loss_coef: must be 0 or more, got -0.1"),
     ("algo.clip_low=0", "algo.clip_low: must be in (0, 1), got 0.0; set e.g. 0.2"),
-    ("algo.clip_high=1", "algo.clip_high: must be in (0, 1), got 1.0; set e.g. 0.2"),
+    ("algo.clip_high=0", "algo.clip_high: must be more than 0, got 0.0; set e.g. 0.2"),
     ("algo.reward_clip=[1, 1]", "algo.reward_clip: must be [lowest, highest], got [1.0, 1.0]"),
     ("optim.beta2=1", "optim.beta2: must be in [0, 1), got 1.0"),
     ("optim.microbatch_tokens=0", "optim.microbatch_tokens: must be at least 1"),
     ("checkpoint.keep=0", "checkpoint.keep: must be at least 1"),
     ("rollout.samples_per_prompt=1", "rollout.samples_per_prompt: algo.estimator reinforce_pp_baseline"),
+    ("algo.gae_lambda=1.5", "algo.gae_lambda: must be in [0, 1], got 1.5"),
+    ("algo.dual_clip=1", "algo.dual_clip: must be more than 1, got 1.0"),
+    ("algo.kl_target=0.1", "algo.kl_target: moves the one of algo.kl_reward_coef and algo.kl_loss_coef that is not 0, got 0.0 and 0.0"),
+    ("reward.overlong_frac=1", "reward.overlong_frac: must be in [0, 1), got 1.0"),
+    ("reward.truncated_coef=2", "reward.truncated_coef: must be in [0, 1], got 2.0"),
+    ("correction.low=3", "correction.low: must be 0 or more and below correction.high, got 3.0 and 2.0"),
+    ("correction.veto=1", "correction.veto: must be in (0, 1), got 1.0"),
+    ("correction.kind=mis", "correction.low: 0 drops no small weight, and mis means to"),
+    ("stats.limbs=0", "stats.limbs: must be at least 1"),
     # settings that would have no effect
+    ("correction.high=3", "correction.kind: none leaves correction's other settings without effect"),
+    ("critic.lr=1e-4", "critic: is there for algo.estimator gae only, got reinforce_pp_baseline"),
+    ("algo.gae_lambda=0.95", "algo.gae_lambda: and gae_length_alpha are there for algo.estimator gae only"),
+    ("algo.grpo_std=batch", "algo.grpo_std: and its settings are there for algo.estimator grpo only"),
+    ("algo.aggregate_tokens=100", "algo.aggregate_tokens: is the length of algo.aggregate constant_length, got token_mean"),
+    ("stats.limbs=2", "stats.limbs: counts the FP8 numbers of stats.wire fp8, got fp64"),
     ("eval.every=5", "eval.every: has no effect without data.eval"),
     ("optim.min_lr=1e-9", "optim.min_lr: has no effect with optim.schedule: constant"),
     ("model.ref=model", "model.ref: has no effect while"),
@@ -79,7 +94,13 @@ def test_a_broken_rule_is_refused_and_is_the_only_one(project: Path, override: s
 ACCEPTED = [
     (),
     ("rollout.samples_per_prompt=1", "algo.estimator=reinforce_pp"),
-    ("algo.clip_high=0.999", "algo.clip_low=0.001", "algo.gamma=0", "algo.reward_clip=null"),
+    ("algo.clip_high=1.5", "algo.clip_low=0.001", "algo.gamma=0", "algo.reward_clip=null"),
+    ("algo.loss=cispo", "algo.clip_low=1", "algo.clip_high=4"),
+    ("correction.kind=icepop", "correction.low=0.5", "correction.high=5", "correction.veto=1e-4"),
+    ("correction.kind=tis",),
+    ("algo.estimator=gae", "algo.gae_length_alpha=0.05", "rollout.samples_per_prompt=1", "critic.lr=1e-4"),
+    ("algo.kl_target=0.1", "algo.kl_reward_coef=0.1"),
+    ("stats.wire=fp8", "stats.limbs=1"),
     ("data.max_prompt_tokens=3072",),
     ("parallel.tp=4",),  # more ranks than key-value heads: they are shared
     ("parallel.pp=2", "parallel.vpp=2"),
@@ -151,6 +172,11 @@ def test_sft_needs_its_own_settings_only_when_it_runs(project: Path, monkeypatch
         (("rollout.top_p=0.9",), "rollout.top_p 0.9: the engine samples from a cut distribution"),
         (("model.dtype=bfloat16",), "bfloat16 on a CPU"),
         (("algo.kl_loss_coef=0.1", "algo.kl_reward_coef=0.1"), "both pull to the reference"),
+        (("algo.kl_loss=k1", "algo.kl_loss_coef=0.1"), "algo.kl_loss k1 has an expected gradient of 0"),
+        (("algo.kl_reward=k3", "algo.kl_reward_coef=0.1"), "k3 is never negative, so it lowers long responses"),
+        (("algo.loss=reinforce", "algo.minibatches=2"), "no ratio: from the second of 2 minibatches"),
+        (("algo.loss=gspo", "algo.aggregate=seq_mean_token_mean"), "the paper has 3e-4, 4e-4"),
+        (("algo.loss=gspo", "algo.clip_low=3e-4", "algo.clip_high=4e-4"), "aggregate token_mean weighs responses by their length"),
         (("algo.minibatches=3",), "64 prompts do not divide into algo.minibatches 3"),
         (("rollout.prompts_per_step=1", "parallel.dp=8"), "some ranks train on nothing"),
         (("optim.schedule=linear", "optim.warmup_steps=100"), "covers the whole run of 100 optimiser steps"),
@@ -220,10 +246,11 @@ def test_a_config_json_that_is_no_decoder_is_refused(tmp_path: Path, text: str, 
 
 def test_every_number_in_the_schema_has_a_bound_or_a_stated_reason(project: Path) -> None:
     """A new numeric setting must be given a rule: a senseless value of each is refused."""
-    free = {"reward.failed_score"}  # any score may stand for a verifier's failure
+    free = {"reward.failed_score", "reward.truncated_score"}  # any score may stand for a verifier's failure, or a cut response
     cfg = load(project)
     for section in fields(cfg):
-        for spec in fields(getattr(cfg, section.name)):
+        values = getattr(cfg, section.name)
+        for spec in fields(values) if is_dataclass(values) else ():
             name = f"{section.name}.{spec.name}"
             kinds = str(spec.type)
             if ("int" in kinds or "float" in kinds) and "dict" not in kinds and "tuple" not in kinds and name not in free:

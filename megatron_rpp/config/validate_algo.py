@@ -1,0 +1,110 @@
+"""The rules of credit and loss: sections algo, correction, stats, critic, and what they ask of reward and rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_rpp.config.problems import Problem
+from megatron_rpp.config.schema import Config, Correction, Critic
+
+# What a response is compared with in these is its own group.
+NEED_GROUPS = ("reinforce_pp_baseline", "rloo", "grpo", "dr_grpo")
+
+
+def algo_problems(cfg: Config) -> Iterator[Problem]:
+    """Every broken rule."""
+    yield from _ranges(cfg)
+    yield from _groups(cfg)
+    yield from _truncation(cfg)
+    yield from _correction(cfg.correction)
+    yield from _without_effect(cfg)
+
+
+def algo_warnings(cfg: Config) -> Iterator[str]:
+    """What is allowed and worth a second look."""
+    algo, rollout = cfg.algo, cfg.rollout
+    if rollout.top_p < 1:
+        yield f"rollout.top_p {rollout.top_p}: the engine samples from a cut distribution, so logp_rollout is not comparable with logp_old"
+    if algo.kl_reward_coef > 0 and algo.kl_loss_coef > 0:
+        yield "algo.kl_reward_coef and algo.kl_loss_coef both pull to the reference; one of them is the usual choice"
+    if algo.kl_loss_coef > 0 and algo.kl_loss == "k1":
+        yield "algo.kl_loss k1 has an expected gradient of 0: it pulls nowhere; k1_unbiased or k2_unbiased do"
+    if algo.kl_reward_coef > 0 and algo.kl_reward != "k1":
+        yield f"algo.kl_reward {algo.kl_reward} is never negative, so it lowers long responses; k1 is the one whose sum is a divergence"
+    if algo.loss == "reinforce" and algo.minibatches > 1:
+        yield f"algo.loss reinforce has no ratio: from the second of {algo.minibatches} minibatches on its gradient is of another policy"
+    if algo.loss == "gspo" and max(algo.clip_low, algo.clip_high) > 0.01:
+        yield f"algo.clip_low {algo.clip_low}, clip_high {algo.clip_high}: ratios of whole responses stay far inside; the paper has 3e-4, 4e-4"
+    if algo.loss == "gspo" and algo.aggregate != "seq_mean_token_mean":
+        yield f"algo.loss gspo with aggregate {algo.aggregate} weighs responses by their length; the paper has seq_mean_token_mean"
+
+
+def _ranges(cfg: Config) -> Iterator[Problem]:
+    algo = cfg.algo
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(algo, name) <= 1:
+            yield Problem(f"algo.{name}", f"must be in [0, 1], got {getattr(algo, name)}")
+    if algo.loss != "cispo" and not 0 < algo.clip_low < 1:
+        yield Problem("algo.clip_low", f"must be in (0, 1), got {algo.clip_low}; set e.g. 0.2")
+    if algo.loss == "cispo" and not algo.clip_low > 0:
+        yield Problem("algo.clip_low", f"must be more than 0, got {algo.clip_low}; 1 or more leaves small ratios alone")
+    if not algo.clip_high > 0:
+        yield Problem("algo.clip_high", f"must be more than 0, got {algo.clip_high}; set e.g. 0.2")
+    if algo.dual_clip is not None and not algo.dual_clip > 1:
+        yield Problem("algo.dual_clip", f"must be more than 1, got {algo.dual_clip}; set e.g. 3.0")
+    if algo.reward_clip is not None and not algo.reward_clip[0] < algo.reward_clip[1]:
+        yield Problem("algo.reward_clip", f"must be [lowest, highest], got {list(algo.reward_clip)}")
+    if algo.kl_target is not None and (algo.kl_reward_coef > 0) == (algo.kl_loss_coef > 0):
+        got = f"{algo.kl_reward_coef} and {algo.kl_loss_coef}"
+        yield Problem("algo.kl_target", f"moves the one of algo.kl_reward_coef and algo.kl_loss_coef that is not 0, got {got}")
+
+
+def _groups(cfg: Config) -> Iterator[Problem]:
+    estimator, samples = cfg.algo.estimator, cfg.rollout.samples_per_prompt
+    if estimator in NEED_GROUPS and samples == 1:
+        message = f"algo.estimator {estimator} compares the responses to a prompt, which leaves nothing of a single one"
+        yield Problem("rollout.samples_per_prompt", f"{message}; set at least 2, or algo.estimator: reinforce_pp")
+    if cfg.rollout.keep_groups == "informative" and samples == 1:
+        yield Problem("rollout.keep_groups", "a prompt with one response never has differing scores; raise rollout.samples_per_prompt")
+
+
+def _truncation(cfg: Config) -> Iterator[Problem]:
+    reward = cfg.reward
+    if not 0 <= reward.overlong_frac < 1:
+        yield Problem("reward.overlong_frac", f"must be in [0, 1), got {reward.overlong_frac}; DAPO has 0.2")
+    if reward.truncated_coef is not None and not 0 <= reward.truncated_coef <= 1:
+        yield Problem("reward.truncated_coef", f"must be in [0, 1], got {reward.truncated_coef}")
+    if reward.truncated_coef is not None and reward.truncated_score is not None:
+        yield Problem("reward.truncated_score", "replaces what reward.truncated_coef would multiply; set one of them")
+
+
+def _correction(correction: Correction) -> Iterator[Problem]:
+    if not 0 <= correction.low < correction.high:
+        got = f"{correction.low} and {correction.high}"
+        yield Problem("correction.low", f"must be 0 or more and below correction.high, got {got}; IcePop has 0.5 and 5")
+    elif correction.veto is not None and not 0 < correction.veto < 1:
+        yield Problem("correction.veto", f"must be in (0, 1), got {correction.veto}; set e.g. 1e-4")
+    elif correction.kind == "none" and correction != Correction():
+        yield Problem("correction.kind", "none leaves correction's other settings without effect; set tis, icepop or mis")
+    elif correction.kind in ("icepop", "mis") and correction.low == 0:
+        yield Problem("correction.low", f"0 drops no small weight, and {correction.kind} means to; set e.g. 0.5, or correction.kind: tis")
+
+
+def _without_effect(cfg: Config) -> Iterator[Problem]:
+    algo, stats = cfg.algo, cfg.stats
+    if algo.estimator != "gae" and cfg.critic != Critic():
+        yield Problem("critic", f"is there for algo.estimator gae only, got {algo.estimator}")
+    if algo.estimator != "gae" and (algo.gae_lambda != 1.0 or algo.gae_length_alpha is not None):
+        yield Problem("algo.gae_lambda", f"and gae_length_alpha are there for algo.estimator gae only, got {algo.estimator}")
+    if algo.gae_length_alpha is not None and algo.gae_lambda != 1.0:
+        yield Problem("algo.gae_length_alpha", "takes the place of algo.gae_lambda; set one of them")
+    if algo.estimator != "grpo" and (algo.grpo_std, algo.grpo_std_unbiased, algo.grpo_std_eps) != ("group", True, 1e-6):
+        yield Problem("algo.grpo_std", f"and its settings are there for algo.estimator grpo only, got {algo.estimator}")
+    if algo.dual_clip is not None and algo.loss != "ppo_clip":
+        yield Problem("algo.dual_clip", f"bounds the ratio of algo.loss ppo_clip only, got {algo.loss}")
+    if algo.aggregate_tokens is not None and algo.aggregate != "constant_length":
+        yield Problem("algo.aggregate_tokens", f"is the length of algo.aggregate constant_length, got {algo.aggregate}")
+    if stats.limbs is not None and stats.wire != "fp8":
+        yield Problem("stats.limbs", f"counts the FP8 numbers of stats.wire fp8, got {stats.wire}")
+    if cfg.model.ref is not None and algo.kl_reward_coef == algo.kl_loss_coef == 0:
+        yield Problem("model.ref", "has no effect while algo.kl_reward_coef and algo.kl_loss_coef are 0")

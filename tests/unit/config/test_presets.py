@@ -1,0 +1,55 @@
+"""A preset lies under the user's settings, is said to be where a value comes from, and holds together with the defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rpp.config.load import dump, load, load_with_lines
+from megatron_rpp.config.presets import PRESETS
+from megatron_rpp.config.validate import validate
+from megatron_rpp.errors import ConfigError
+from tests.unit.config.conftest import Write
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_accepted_without_a_warning_and_changes_something(project: Path, name: str) -> None:
+    cfg = load(project, [f"preset={name}"])
+    assert validate(cfg).warnings == ()
+    changed = [(section, setting) for section, values in PRESETS[name].items() for setting in values]
+    assert changed
+    for section, setting in changed:
+        assert getattr(getattr(cfg, section), setting) == PRESETS[name][section][setting]
+
+
+def test_what_the_user_writes_lies_over_the_preset_wherever_it_is_written(project: Path, write: Write) -> None:
+    path = write("own.yaml", "extends: run.yaml\nalgo: {clip_high: 0.3}\npreset: dapo\n")
+    assert (load(path).algo.clip_high, load(path).algo.estimator) == (0.3, "grpo")
+    assert load(path, ["algo.estimator=rloo"]).algo.estimator == "rloo"
+    cfg, lines = load_with_lines(path, ["preset=prorl_v2"])  # the command line's preset, the file's bound
+    assert (cfg.preset, cfg.algo.clip_high, cfg.correction.kind) == ("prorl_v2", 0.3, "icepop")
+    assert lines["algo.clip_high"] == f"{path}:2"
+    assert lines["correction.kind"] == "preset prorl_v2"
+    assert "correction.level" in lines
+    assert "algo.gamma" not in lines
+
+
+def test_a_file_that_was_written_out_gives_the_same_settings_again(project: Path, write: Write) -> None:
+    cfg = load(project, ["preset=dapo", "algo.clip_high=0.3"])
+    assert load(write("again/config.yaml", dump(cfg))) == cfg
+    assert load(project, ["preset=null"]) == load(project)
+
+
+@pytest.mark.parametrize("value", ["dappo", "[dapo]", "{dapo: 1}", "3"])
+def test_an_unknown_preset_is_one_clear_error(project: Path, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(project, [f"preset={value}"])
+    assert "1 setting is wrong" in str(caught.value)
+    assert "command line  preset: expected 'reinforce_pp', 'reinforce_pp_baseline'" in str(caught.value)
+
+
+def test_a_rule_that_a_preset_breaks_says_so(project: Path) -> None:
+    cfg, lines = load_with_lines(project, ["preset=dapo", "rollout.samples_per_prompt=1"])
+    with pytest.raises(ConfigError, match=r"preset dapo  rollout.keep_groups: a prompt with one response"):
+        validate(cfg, lines=lines)
