@@ -41,16 +41,18 @@ class Collector:
         version: int,
         num_samples: int,
         sampling: Sampling,
+        with_greedy: bool = False,
         name: str | None = None,
         progress: Progress | None = None,
     ) -> tuple[Group, ...]:
         """Sampled and scored groups, one for each prompt and in the order of `prompts`, equal on every rank.
 
         step: what the seeds depend on. version: of the weights; an engine with others refuses. name: of the ledger's entry.
+        with_greedy: each group has a greedy response beside.
         Raises: EngineError, StaleWeightsError, DeadlineError; on every rank when it happens on one.
         """
         cfg, error = self.cfg, None
-        num_asked = len(prompts) * num_samples
+        num_asked = len(prompts) * (num_samples + with_greedy)
         verdicts_s = cfg.reward.timeout_s * -(-num_asked // cfg.reward.num_workers) + cfg.run.deadline_s  # were each to need its limit
         mine: list[Response] = []
         if self.pool is not None:
@@ -62,6 +64,7 @@ class Collector:
                     version=version,
                     samples_per_prompt=num_samples,
                     sampling=sampling,
+                    with_greedy=with_greedy,
                     name=name,
                     on_response=work.add,
                 )
@@ -72,7 +75,7 @@ class Collector:
         longest_s = cfg.rollout.deadline_s + verdicts_s + cfg.run.deadline_s
         raise_together(error, groups=self.groups, what=f"roll-out {name or step}", deadline_s=longest_s)
         shares = gather_objects(mine, self.groups.world_cpu, name=f"responses of roll-out {name or step}", deadline_s=cfg.run.deadline_s)
-        return assemble(prompts, [response for share in shares for response in share], num_samples)
+        return assemble(prompts, [response for share in shares for response in share], num_samples, with_greedy=with_greedy)
 
 
 class _Scoring:

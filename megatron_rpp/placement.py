@@ -7,7 +7,7 @@ device has no memory of its own to hand over (CPU), entering a phase only checks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -15,7 +15,7 @@ from megatron_rpp.delivery import WeightPath
 from megatron_rpp.dist.agreement import Failure, attempt, raise_together, share_errors
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import RppError, StaleWeightsError
-from megatron_rpp.mcore.policy import Policy
+from megatron_rpp.mcore.model import MegatronModel
 from megatron_rpp.rollout.engine import Engine
 
 # What a fresh engine mends. A peer that does not come, or numbers that are not finite, are no engine's fault.
@@ -25,11 +25,14 @@ Phase = Literal["idle", "rollout", "training", "publish"]
 
 
 class Colocated:
-    """Policy and engines on the same devices, in turns. engine: None on ranks that lead no engine; path: the way into them."""
+    """The models that are trained and the engines on the same devices, in turns.
+
+    trained: the policy, and a critic where there is one. engine: None on ranks that lead no engine; path: the way into them.
+    """
 
     def __init__(
         self,
-        policy: Policy,
+        trained: Sequence[MegatronModel],
         engine: Engine | None,
         path: WeightPath,
         groups: Groups,
@@ -39,7 +42,7 @@ class Colocated:
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._groups, self._deadline_s, self._start_s, self._warn = groups, deadline_s, start_deadline_s, warn
-        self._policy, self._engine, self._path = policy, engine, path
+        self._trained, self._engine, self._path = trained, engine, path
         self._phase: Phase = "idle"
         self.version = -1  # what every engine holds; -1 before the first publish
 
@@ -65,11 +68,13 @@ class Colocated:
         """The trainer owns the memory: the engine's cache and weights go first, then the optimiser comes back."""
         with self._enter("training"):
             self._on_engine("release the engine's memory", lambda engine: engine.release("kv_cache", "weights"))
-            self._policy.wake()
+            for model in self._trained:
+                model.wake()
             try:
                 yield
             finally:
-                self._policy.sleep()
+                for model in self._trained:
+                    model.sleep()
 
     def publish(self, *, version: int) -> None:
         """Every engine holds exactly the policy's weights and is stamped `version`, or the run stops on all ranks.

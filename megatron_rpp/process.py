@@ -20,10 +20,13 @@ from megatron_rpp.dist.groups import Groups
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import CheckpointError, PatchError, RppError
 from megatron_rpp.mcore import init
+from megatron_rpp.mcore.critic import Critic
+from megatron_rpp.mcore.model import MegatronModel
 from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.observe.log import RunLog
 from megatron_rpp.observe.rundir import RunDir, versions
 from megatron_rpp.resume import complete_steps, settings_digest
+from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import describe
 from megatron_rpp.weights.hf_io import open_hf, read_json
 from megatron_rpp.weights.live import LiveWeights, live_weights
@@ -151,9 +154,20 @@ def open_policy(
     cfg = cfg or process.cfg
     hf = hf or cfg.model.hf
     policy = Policy.from_config(cfg, process.groups, trainable=trainable, hf_dir=hf, total_steps=total_steps)
-    live = live_weights(
-        describe(read_json(hf / "config.json")), policy.named_local(), process.groups, dtype=policy.dtype, deadline_s=process.deadline_s
-    )
+    return policy, _load(process, policy, describe(read_json(hf / "config.json")), hf)
+
+
+def open_critic(process: Process) -> Critic:
+    """The value model of critic.hf (default: model.hf), its head at 0. Collective. Raises: as `open_policy`."""
+    hf = process.cfg.critic.hf or process.cfg.model.hf
+    critic = Critic.from_config(process.cfg, process.groups, hf_dir=hf)
+    _load(process, critic, describe(read_json(hf / "config.json")).without_head(), hf)
+    return critic
+
+
+def _load(process: Process, model: MegatronModel, description: Model, hf: Path) -> LiveWeights:
+    """Bind a model's parameters to the mapping, and fill them from an HF directory."""
+    live = live_weights(description, model.named_local(), process.groups, dtype=model.dtype, deadline_s=process.deadline_s)
     process.together(f"load {hf}", lambda: fill(live, open_hf(hf)), here=True)
-    policy.weights_changed()
-    return policy, live
+    model.weights_changed()
+    return live

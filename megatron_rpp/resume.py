@@ -1,6 +1,7 @@
 """The checkpoint protocol: everything a run needs to continue, written under a temporary name, then renamed once.
 
     checkpoints/step-000003/policy/      Megatron dist-checkpoint: weights, optimiser, scheduler, RNGs
+    checkpoints/step-000003/critic/      the same of the critic, where there is one
     checkpoints/step-000003/state.json   step, prompt cursor, number of metric records
     checkpoints/.partial-step-000006/    a save that a crash interrupted: ignored, and removed by the next save
 
@@ -23,11 +24,12 @@ PREFIX = "step-"
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What is not in the policy's checkpoint. step: finished steps; prompts: the stream's cursor."""
+    """What is not in the models' checkpoints. step: finished steps; prompts: the stream's cursor; kl_coef: of the next step."""
 
     step: int
     prompts: dict[str, Any]
     digest: str  # of the settings that the numbers depend on: a resume under others is refused
+    kl_coef: float | None = None  # None where algo.kl_target does not move it
 
 
 def step_dir(root: Path, step: int) -> Path:
@@ -91,7 +93,7 @@ def settings_digest(settings: dict[str, Any]) -> str:
     kept = {
         section: {key: value for key, value in values.items() if f"{section}.{key}" not in FREE_SETTINGS}
         for section, values in settings.items()
-        if section not in FREE_SETTINGS
+        if section not in FREE_SETTINGS and isinstance(values, dict)  # a preset's name moves nothing: its settings do
     }
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

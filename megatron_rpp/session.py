@@ -6,31 +6,32 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
 
-from megatron_rpp.algo.advantage import AdvantageStats
-from megatron_rpp.algo.baselines import Scores
+from megatron_rpp.algo.kl import adapted_coef
 from megatron_rpp.algo.mismatch import Mismatch, mismatch, summarise
 from megatron_rpp.collect import Collector
-from megatron_rpp.config.schema import Config
+from megatron_rpp.config.schema import Algo, Config
+from megatron_rpp.credit import Credit, Credited
 from megatron_rpp.data.prompts import PromptSet, PromptStream, load_prompts
 from megatron_rpp.data.template import load_tokenizer
 from megatron_rpp.dist.collectives import all_gather, barrier, gather_objects, sum_float64
+from megatron_rpp.draw import Drawn, draw
 from megatron_rpp.engines import Sampler, await_engines, open_engines, open_path
 from megatron_rpp.errors import CheckpointError, NumericsError, StaleWeightsError
 from megatron_rpp.heldout import evaluate
+from megatron_rpp.mcore.critic import Critic
 from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.observe.rollout import rollout_metrics
 from megatron_rpp.placement import Colocated
-from megatron_rpp.process import Process, open_policy, open_process
+from megatron_rpp.process import Process, open_critic, open_policy, open_process
 from megatron_rpp.resume import RunState, begin_save, commit_save, drop_later, partial_dir, read_state, step_dir
 from megatron_rpp.rollout.request import Sampling
 from megatron_rpp.signals import take_warning
-from megatron_rpp.stats.moments import whiten
-from megatron_rpp.types import Group, PackedBatch, UpdateStats
+from megatron_rpp.types import Group, PackedBatch, Prompt, UpdateStats
 
 # Healthy gaps are about 3e-7 in float32 and 1e-3 to 1e-2 in bfloat16; a wrong weight shows far above either.
 DEFAULT_ALARM = {"float32": 1e-3, "bfloat16": 0.1}
@@ -60,16 +61,39 @@ class Clock:
         return spent
 
 
+@dataclass(frozen=True, slots=True)
+class Models:
+    """ref: None where no term of the loss or reward looks at it. critic: None but for estimator gae."""
+
+    policy: Policy
+    ref: Policy | None
+    critic: Critic | None
+
+
+@dataclass(frozen=True, slots=True)
+class Improved:
+    """What the optimiser steps of one step did. policy: None while only the critic is trained; critic: None without one."""
+
+    policy: UpdateStats | None
+    critic: UpdateStats | None
+
+    def __iter__(self) -> Iterator[UpdateStats]:
+        return (stats for stats in (self.critic, self.policy) if stats is not None)
+
+
 class Session:
     """Made by `Session.open`. Every method is called by every rank alike."""
 
-    def __init__(self, process: Process, sampler: Sampler, policy: Policy, ref: Policy | None, place: Colocated) -> None:
+    def __init__(self, process: Process, sampler: Sampler, models: Models, place: Colocated) -> None:
         cfg = process.cfg
         self.cfg, self.process, self.groups, self.log = cfg, process, process.groups, process.log
-        self.policy, self.ref, self.place = policy, ref, place
+        self.policy, self.ref, self.critic, self.place = models.policy, models.ref, models.critic, place
+        self.credit = Credit(cfg, process.groups, deadline_s=process.deadline_s)
+        if cfg.stats.wire == "fp8":
+            self.log.say(f"        statistics: FP8 travels as {'float8_e4m3fn' if self.credit.sends_float8 else 'bytes'}")
+        self.algo = first_algo(cfg)  # that of the next step: a KL coefficient may move
         self.clock = Clock()
         self.dp_rank, self.dp_size = self.groups.coords.dp, self.groups.dp_size
-        self.normaliser = partial(whiten, group=self.groups.dp, deadline_s=process.deadline_s)
         self._sampling = Sampling(max_tokens=cfg.rollout.max_response_tokens, temperature=cfg.rollout.temperature, top_p=cfg.rollout.top_p)
         self._collector = Collector(cfg, self.groups, sampler.rollouts, sampler.pool)
         self._prompts: PromptStream | None = None
@@ -87,10 +111,10 @@ class Session:
             with open_engines(process, detokenise, max_sequence_tokens=longest) as sampler:
                 # The engines load while the policy is built and the prompts are read.
                 policy, live = open_policy(process)
-                ref = open_reference(process)
+                models = Models(policy, open_reference(process), open_critic(process) if cfg.algo.estimator == "gae" else None)
                 path = open_path(process, live, sampler)
                 place = Colocated(
-                    policy,
+                    [policy] if models.critic is None else [policy, models.critic],
                     sampler.engine,
                     path,
                     process.groups,
@@ -98,7 +122,7 @@ class Session:
                     start_deadline_s=cfg.rollout.start_deadline_s,
                     warn=process.log.warn,
                 )
-                session = cls(process, sampler, policy, ref, place)
+                session = cls(process, sampler, models, place)
                 session._read_prompts(tokenizer)
                 await_engines(process, sampler)
                 yield session
@@ -140,6 +164,10 @@ class Session:
                 fix="restore the settings, choose another run.dir, or set run.resume: never",
             )
         self.policy.load(where / "policy")
+        if self.critic is not None:
+            self.critic.load(where / "critic")
+        if state.kl_coef is not None:
+            self.algo = replace(self.algo, **{moving_coef(self.cfg.algo): state.kl_coef})
         self._prompts.load_state_dict(state.prompts)
         self.log.say(f"going on from step {step} ({where})")
         return step
@@ -164,18 +192,27 @@ class Session:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def sample(self, step: int) -> tuple[Group, ...]:
-        """Groups of the next prompts, sampled by the engines and scored."""
+    def sample(self, step: int) -> Drawn:
+        """Groups of the next prompts, sampled by the engines and scored; with dynamic sampling, until enough of them can teach."""
         rollout = self.cfg.rollout
-        prompts = self._prompts.take(rollout.prompts_per_step)
-        return self._collector.collect(
-            prompts,
-            step=step,
-            version=self.place.version,
-            num_samples=rollout.samples_per_prompt,
-            sampling=self._sampling,
-            progress=partial(self.log.progress, f"step {step}"),
-        )
+
+        def collect(prompts: Sequence[Prompt], refill: int) -> tuple[Group, ...]:
+            return self._collector.collect(
+                prompts,
+                step=step,
+                version=self.place.version,
+                num_samples=rollout.samples_per_prompt,
+                sampling=self._sampling,
+                with_greedy=self.cfg.algo.estimator == "remax",
+                name=f"step-{step:06d}.{refill}" if refill else None,
+                progress=partial(self.log.progress, f"step {step}" + (f", refill {refill}" if refill else "")),
+            )
+
+        drawn = draw(self._prompts, collect, rollout, least=self.cfg.algo.minibatches)
+        if len(drawn.kept) < rollout.prompts_per_step:
+            found = f"{len(drawn.kept)} of {rollout.prompts_per_step} prompts after {drawn.refills} refills"
+            self.log.warn(f"step {step}: {found}; the scores differ in {drawn.informative_frac:.0%} of the sampled groups")
+        return drawn
 
     def admit(self, groups: Sequence[Group], *, version: int) -> None:
         """Raises: StaleWeightsError for a response that other weights than `version` wrote."""
@@ -189,15 +226,6 @@ class Session:
                         got=f"version {response.version}",
                         fix="this is a defect of the roll-out: please report it with the ledger",
                     )
-
-    def scores(self, groups: Sequence[Group]) -> Scores:
-        """The scores of all responses of the step; a group's mean needs them wherever its responses are packed."""
-        pairs = [(number, response.score) for number, group in enumerate(groups) for response in group.responses]
-        return Scores(
-            score_S=torch.tensor([score for _, score in pairs], dtype=torch.float64),
-            group_S=torch.tensor([number for number, _ in pairs], dtype=torch.int64),
-            prompt_uids=tuple(group.prompt.uid for group in groups),
-        )
 
     def measure_mismatch(self, batch: PackedBatch, step: int) -> Mismatch:
         """|logp_old - logp_rollout| over all tokens of the step.
@@ -221,23 +249,56 @@ class Session:
             self.log.warn(str(found))
         return seen
 
-    def check_finite(self, update: UpdateStats, step: int) -> None:
-        """Raises: NumericsError before anything is published or saved, when the update was not finite."""
-        if not update.is_finite:
-            raise NumericsError(
-                "the loss or its gradient is not finite; the weights of the step before are kept",
-                where=f"step {step}",
-                got=f"loss {update.loss}, gradient norm {update.grad_norm}",
-                fix="lower optim.lr or optim.clip_grad; the last checkpoint is whole",
-            )
+    def improve(self, step: int, credit: Credited) -> Improved:
+        """The optimiser steps on one roll-out: the critic's, where there is one, then the policy's.
 
-    def record(self, step: int, groups: Sequence[Group], *, adv_stats: AdvantageStats, mismatch: Mismatch, update: UpdateStats) -> None:
-        """One record and one row."""
-        values = rollout_metrics(groups)
-        values |= {f"adv/{name}": float(value) for name, value in asdict(adv_stats).items()}
+        Raises: NumericsError, before anything is published or saved, when one is not finite.
+        """
+        cfg, algo = self.cfg, self.algo
+        value = policy = None
+        if self.critic is not None:
+            value = self.critic.update(credit.batch, credit.return_T, minibatches=algo.minibatches, value_clip=cfg.critic.value_clip)
+        if self.critic is None or step > cfg.critic.warmup_steps:
+            policy = self.policy.update(credit.batch, credit.adv_T, algo, temperature=cfg.rollout.temperature)
+        update = Improved(policy, value)
+        for stats in update:
+            if not stats.is_finite:
+                raise NumericsError(
+                    "the loss or its gradient is not finite; the weights of the step before are kept",
+                    where=f"step {step}, {'critic' if stats is value else 'policy'}",
+                    got=f"loss {stats.loss}, gradient norm {stats.grad_norm}",
+                    fix="lower optim.lr or optim.clip_grad; the last checkpoint is whole",
+                )
+        return update
+
+    def adapt_kl(self, drawn: Drawn, credit: Credited, update: Improved) -> None:
+        """Move the KL coefficient towards algo.kl_target, by the divergence that it was paid for."""
+        if self.cfg.algo.kl_target is None or update.policy is None:
+            return
+        name = moving_coef(self.cfg.algo)
+        coef = adapted_coef(
+            getattr(self.algo, name),
+            kl=update.policy.kl_loss if name == "kl_loss_coef" else credit.metrics["adv/kl_reward"],
+            target=self.cfg.algo.kl_target,
+            num_samples=sum(len(group.responses) for group in drawn.kept),
+            horizon=self.cfg.algo.kl_horizon,
+        )
+        self.algo = replace(self.algo, **{name: coef})
+
+    def record(self, step: int, drawn: Drawn, credit: Credited, *, mismatch: Mismatch, update: Improved) -> None:
+        """One record and one row. Scores and lengths are those of everything that was sampled, kept or not."""
+        values = rollout_metrics(drawn.sampled) | credit.metrics
         values |= {f"mismatch/{name}": float(value) for name, value in asdict(mismatch).items() if name != "num_tokens"}
-        values |= {f"policy/{name}": getattr(update, name) for name in ("loss", "policy_loss", "kl_loss", "grad_norm")}
-        values |= {f"policy/{name}": value for name, value in update.values.items()}
+        if self.cfg.rollout.keep_groups == "informative":
+            values |= {"draw/refills": drawn.refills, "draw/kept_groups": len(drawn.kept), "draw/informative_frac": drawn.informative_frac}
+        if self.cfg.algo.kl_target is not None:
+            values["policy/kl_coef"] = getattr(self.algo, moving_coef(self.cfg.algo))
+        if update.policy is not None:
+            values |= {f"policy/{name}": getattr(update.policy, name) for name in ("loss", "policy_loss", "kl_loss", "grad_norm")}
+            values |= {f"policy/{name}": value for name, value in update.policy.values.items()}
+        if update.critic is not None:
+            values |= {f"critic/{name}": getattr(update.critic, name) for name in ("loss", "grad_norm")}
+            values |= {f"critic/{name}": value for name, value in update.critic.values.items()}
         spent = self.clock.take()
         spent["tokens_per_s"] = values["batch/response_tokens"] / max(spent.get("rollout_s", 0.0), 1e-9)
         self.log.step(step, values, timing=spent)
@@ -276,9 +337,12 @@ class Session:
     def _save(self, step: int) -> None:
         """All ranks write under a temporary name; then rank 0 renames once. A crash in between costs nothing."""
         root, deadline_s = self.process.dir.checkpoints, self.process.deadline_s
-        state = RunState(step=step, prompts=self._prompts.state_dict(), digest=self.process.digest)
+        kl_coef = None if self.cfg.algo.kl_target is None else getattr(self.algo, moving_coef(self.cfg.algo))
+        state = RunState(step=step, prompts=self._prompts.state_dict(), digest=self.process.digest, kl_coef=kl_coef)
         self.process.together("begin a checkpoint", lambda: begin_save(root, step), here=self.process.is_first)
         self.policy.save(partial_dir(root, step) / "policy")
+        if self.critic is not None:
+            self.critic.save(partial_dir(root, step) / "critic")
         barrier(self.groups.world_cpu, name="all ranks have written the checkpoint", deadline_s=deadline_s)
         self.process.together(
             "finish a checkpoint", lambda: commit_save(root, state, keep=self.cfg.checkpoint.keep), here=self.process.is_first
@@ -292,3 +356,14 @@ def open_reference(process: Process) -> Policy | None:
     if algo.kl_reward_coef == 0 and algo.kl_loss_coef == 0:
         return None
     return open_policy(process, trainable=False, hf=process.cfg.model.ref or process.cfg.model.hf)[0]
+
+
+def first_algo(cfg: Config) -> Algo:
+    """The settings of credit and loss with nothing left open."""
+    tokens = cfg.algo.aggregate_tokens or cfg.rollout.max_response_tokens
+    return replace(cfg.algo, aggregate_tokens=tokens if cfg.algo.aggregate == "constant_length" else None)
+
+
+def moving_coef(algo: Algo) -> str:
+    """Which coefficient algo.kl_target moves: the one that is not 0."""
+    return "kl_reward_coef" if algo.kl_reward_coef > 0 else "kl_loss_coef"

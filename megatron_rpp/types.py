@@ -65,10 +65,11 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All responses to one prompt, in order of `sample`."""
+    """All sampled responses to one prompt, in order of `sample`; and the greedy one, where an estimator compares with it."""
 
     prompt: Prompt
     responses: tuple[Response, ...]
+    greedy: Response | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +117,18 @@ class PackedBatch:
         """All packed tokens, prompts included."""
         return self.tokens_T.numel()
 
-    def with_logp(self, *, old: Tensor, ref: Tensor | None) -> PackedBatch:
-        """The same batch with the training engine's and the reference's log-probabilities."""
-        return replace(self, logp_old_T=old, logp_ref_T=ref)
+    def with_logp(self, *, old: Tensor, ref: Tensor | None, value: Tensor | None = None) -> PackedBatch:
+        """The same batch with the training engine's and the reference's log-probabilities, and the critic's values."""
+        return replace(self, logp_old_T=old, logp_ref_T=ref, value_T=value)
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateStats:
     """What the optimiser steps of one training step did, reduced over all ranks (equal on each).
 
-    Every float is a token mean over the step unless its name says otherwise. grad_norm is the mean over minibatches
-    before clipping. values: further named diagnostics (clip_frac_low, clip_frac_high, kl_k1, kl_k3, entropy, lr ...).
+    loss is what was minimised, aggregated as algo.aggregate says. Every other float is a token mean over the step unless its
+    name says otherwise. grad_norm is the mean over minibatches before clipping. values: further named diagnostics
+    (clip_frac_low, clip_frac_high, kl_k1, kl_k3, entropy, lr ...).
     """
 
     loss: float

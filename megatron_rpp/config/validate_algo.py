@@ -34,9 +34,10 @@ def algo_warnings(cfg: Config) -> Iterator[str]:
     if algo.loss == "reinforce" and algo.minibatches > 1:
         yield f"algo.loss reinforce has no ratio: from the second of {algo.minibatches} minibatches on its gradient is of another policy"
     if algo.loss == "gspo" and max(algo.clip_low, algo.clip_high) > 0.01:
-        yield f"algo.clip_low {algo.clip_low}, clip_high {algo.clip_high}: ratios of whole responses stay far inside; the paper has 3e-4, 4e-4"
+        bounds = f"algo.clip_low {algo.clip_low}, clip_high {algo.clip_high}"
+        yield f"{bounds}: ratios of whole responses stay far inside; the paper has 3e-4, 4e-4"
     if algo.loss == "gspo" and algo.aggregate != "seq_mean_token_mean":
-        yield f"algo.loss gspo with aggregate {algo.aggregate} weighs responses by their length; the paper has seq_mean_token_mean"
+        yield f"algo.loss gspo with algo.aggregate {algo.aggregate} weighs responses by their length; the paper: seq_mean_token_mean"
 
 
 def _ranges(cfg: Config) -> Iterator[Problem]:

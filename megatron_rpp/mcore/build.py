@@ -12,11 +12,12 @@ import types
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
@@ -30,6 +31,7 @@ from megatron_rpp.mcore.logp_model import LogpModel
 from megatron_rpp.mcore.rope import inv_freq
 from megatron_rpp.mcore.router import GroupChoice
 from megatron_rpp.mcore.shape import shape_settings
+from megatron_rpp.mcore.value_model import ValueModel
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -85,23 +87,31 @@ def named_tensors(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, int 
             yield name, layers[int(name.split(".")[2])] if is_layer else None, tensor
 
 
-def build_chunks(hf: HfModel, config: TransformerConfig, vpp: int, device: torch.device) -> list[LogpModel]:
-    """The model chunks of this rank: one, or `vpp` with virtual pipeline stages. Weights are zero until they are loaded."""
+def build_chunks(
+    hf: HfModel, config: TransformerConfig, vpp: int, device: torch.device, *, end: Literal["logp", "value"] = "logp"
+) -> list[GPTModel]:
+    """The model chunks of this rank: one, or `vpp` with virtual pipeline stages. Weights are zero until they are loaded.
+
+    end: what the last stage answers: log-probabilities of tokens, or their values (a critic).
+    """
+    model, own = {
+        "logp": (LogpModel, {"true_vocab_size": hf.vocab_size, "share_embeddings_and_output_weights": hf.is_tied}),
+        "value": (ValueModel, {}),
+    }[end]
     chunks = []
     for index in range(vpp):
         vp_stage = index if vpp > 1 else None
-        chunk = LogpModel(
+        chunk = model(
             config=config,
             transformer_layer_spec=get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage),
             vocab_size=padded_vocab_size(hf.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=hf.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            share_embeddings_and_output_weights=hf.is_tied,
             position_embedding_type="rope",
             rotary_base=hf.rope.theta,
             vp_stage=vp_stage,
-            true_vocab_size=hf.vocab_size,
+            **own,
         ).to(device)  # Megatron leaves the router and the gate of a shared expert on the host
         with torch.no_grad():
             for parameter in chunk.parameters():
@@ -114,7 +124,7 @@ def build_chunks(hf: HfModel, config: TransformerConfig, vpp: int, device: torch
     return chunks
 
 
-def _finish_experts(hf: HfModel, config: TransformerConfig, chunk: LogpModel) -> None:
+def _finish_experts(hf: HfModel, config: TransformerConfig, chunk: GPTModel) -> None:
     """Marks on the experts' weights that Megatron's optimizer reads, and the choice of experts by groups."""
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:

@@ -26,13 +26,13 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rpp.dist.collectives import DEFAULT_DEADLINE_S, barrier, broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.mcore.hf_config import HfModel
-from megatron_rpp.mcore.logp_model import LogpModel
 from megatron_rpp.mcore.optimizer import Optimizer
 
 FORMAT = 2
@@ -48,7 +48,7 @@ _BROKEN = (CheckpointingException, CheckpointException, OSError, EOFError, KeyEr
 def save(
     directory: Path,
     hf: HfModel,
-    chunks: Sequence[LogpModel],
+    chunks: Sequence[GPTModel],
     optimizer: Optimizer,
     groups: Groups,
     *,
@@ -84,7 +84,7 @@ def save(
 def load(
     directory: Path,
     hf: HfModel,
-    chunks: Sequence[LogpModel],
+    chunks: Sequence[GPTModel],
     optimizer: Optimizer,
     groups: Groups,
     *,
@@ -115,7 +115,7 @@ def load(
             _restore_rng(state["rng"])
 
 
-def _sharded_state(chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Groups, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(chunks: Sequence[GPTModel], optimizer: Optimizer, groups: Groups, *, is_loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -131,12 +131,12 @@ def _sharded_state(chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Gr
     }
 
 
-def chunk_names(chunks: Sequence[LogpModel]) -> list[str]:
+def chunk_names(chunks: Sequence[GPTModel]) -> list[str]:
     """The names under which Megatron's own optimizer looks for the chunks."""
     return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
 
 
-def _header(hf: HfModel, chunks: Sequence[LogpModel], optimizer: Optimizer, groups: Groups) -> dict[str, Any]:
+def _header(hf: HfModel, chunks: Sequence[GPTModel], optimizer: Optimizer, groups: Groups) -> dict[str, Any]:
     """What must agree between the run that saved and the run that loads, and the layout, which need not. Plain values."""
     return {
         "format": FORMAT,

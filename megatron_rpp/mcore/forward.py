@@ -17,47 +17,51 @@ from torch import distributed as dist
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.mcore.microbatch import Microbatch
 from megatron_rpp.mcore.sums import Sums, add
-from megatron_rpp.types import PackedBatch
 
-# (logp_new_T, entropy_T, batch, adv_T) -> (sum of the loss over tokens, number of tokens, {name: sum or, for _max, maximum})
-Objective = Callable[[Tensor, Tensor, PackedBatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+# (each row of what the last stage answers, as [T]; batch, target_T) ->
+# (summand of the loss, summand of its denominator, {name: sum over masked tokens or, for _max, maximum})
+Objective = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
-def run_logprobs(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], num_tokens: int, groups: Groups) -> Tensor:
-    """Log-probabilities of all masked tokens of a batch, [T] float32, 0 elsewhere, on every rank of the replica.
+def run_answers(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], num_tokens: int, groups: Groups) -> Tensor:
+    """The first answer of the last stage to all masked tokens of a batch: their log-probabilities, or a critic's values.
+
+    [T] float32, 0 elsewhere, on every rank of the replica.
 
     num_tokens: T of the batch that the micro-batches were cut from.
     """
-    logp_T = torch.zeros(num_tokens, dtype=torch.float32, device=microbatches[0].tokens_1T.device)
+    answer_T = torch.zeros(num_tokens, dtype=torch.float32, device=microbatches[0].tokens_1T.device)
 
-    def keep(microbatch: Microbatch, output_2N: Tensor, non_loss_data: bool = False) -> None:
-        logp_T[microbatch.source_T[microbatch.answer_N]] = output_2N[0].to(torch.float32)
+    def keep(microbatch: Microbatch, output_RN: Tensor, non_loss_data: bool = False) -> None:
+        answer_T[microbatch.source_T[microbatch.answer_N]] = output_RN[0].to(torch.float32)
 
     with torch.no_grad():
         _run(chunks, microbatches, keep, forward_only=True)
     if groups.cp_size > 1 and groups.is_last_stage:
-        dist.all_reduce(logp_T, group=groups.cp)  # each token is non-zero on one rank, so the sum is exact
+        dist.all_reduce(answer_T, group=groups.cp)  # each token is non-zero on one rank, so the sum is exact
     if groups.pp_size > 1:
-        dist.broadcast(logp_T, group=groups.pp, group_src=groups.pp_size - 1)
-    return logp_T
+        dist.broadcast(answer_T, group=groups.pp, group_src=groups.pp_size - 1)
+    return answer_T
 
 
-def run_loss(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], adv_T: Tensor, objective: Objective) -> Sums:
-    """Forward and backward of one optimiser step. Gradients end in Megatron's buffers, summed over dp and divided by its tokens.
+def run_loss(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], target_T: Tensor, objective: Objective) -> Sums:
+    """Forward and backward of one optimiser step. Gradients end in Megatron's buffers, summed over dp and divided.
 
-    The objective's sums go to Megatron unscaled together with its number of tokens (`calculate_per_token_loss`), which makes
-    the gradient that of sum(loss) / sum(num_tokens) over all ranks and micro-batches, however they were cut.
-    adv_T: advantages of the batch that the micro-batches were cut from.
+    The objective's loss goes to Megatron unscaled together with its denominator (`calculate_per_token_loss`, whatever the
+    objective counts), which makes the gradient that of sum(loss) / sum(denominator) over all ranks and micro-batches, however
+    they were cut.
+    target_T: advantages, or returns, of the batch that the micro-batches were cut from.
     """
     rows: list[dict[str, Tensor]] = []
 
-    def loss_func(microbatch: Microbatch, output_2N: Tensor) -> tuple[Tensor, Tensor, dict]:
-        logp_T, entropy_T = microbatch.spread(output_2N[0]), microbatch.spread(output_2N[1])
-        loss, count, values = objective(logp_T, entropy_T, microbatch.batch, adv_T[microbatch.source_T])
+    def loss_func(microbatch: Microbatch, output_RN: Tensor) -> tuple[Tensor, Tensor, dict]:
+        answers = [microbatch.spread(answer_N) for answer_N in output_RN]
+        loss, denominator, values = objective(*answers, microbatch.batch, target_T[microbatch.source_T])
+        counts = {"denominator": denominator, "num_tokens": microbatch.batch.mask_T.sum()}
         # detached now: a pipeline schedule empties the loss itself once it has handed it on
-        rows.append({name: value.detach().to(torch.float64) for name, value in {"loss": loss, "num_tokens": count, **values}.items()})
+        rows.append({name: value.detach().to(torch.float64) for name, value in {"loss": loss, **counts, **values}.items()})
         # an objective that looked at no token need not touch the graph; the backward pass must run all the same
-        return loss if loss.requires_grad else loss + 0.0 * output_2N.sum(), count.to(torch.int), {}
+        return loss if loss.requires_grad else loss + 0.0 * output_RN.sum(), denominator.to(torch.int), {}
 
     _run(chunks, microbatches, loss_func, forward_only=False)
     if not rows:
@@ -65,7 +69,7 @@ def run_loss(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatc
     # one copy to the host for everything
     table = torch.stack([torch.stack(list(row.values())) for row in rows]).tolist()
     measured = [dict(zip(rows[0], line, strict=True)) for line in table]
-    return add(Sums(row.pop("loss"), int(row.pop("num_tokens")), row) for row in measured)
+    return add(Sums(row.pop("loss"), int(row.pop("denominator")), int(row.pop("num_tokens")), row) for row in measured)
 
 
 def _run(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], loss_func: Callable, *, forward_only: bool) -> None:

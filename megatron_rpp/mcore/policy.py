@@ -1,102 +1,27 @@
-"""The policy (and the frozen reference) as the training loop sees it: log-probabilities, updates, weights, checkpoints.
-
-This module can be imported at any time. The modules beside it that import megatron are imported inside `from_config` and
-where a checkpoint is met, because megatron may only be imported after `init.start` has put the patches in place.
-"""
+"""The policy (and the frozen reference) as the training loop sees it: log-probabilities and updates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_rpp.algo.objective import policy_objective
-from megatron_rpp.config.schema import Algo, Config
-from megatron_rpp.data.packing import select, split_minibatches, token_index
-from megatron_rpp.dist.collectives import gather_objects
-from megatron_rpp.dist.deadline import deadline
-from megatron_rpp.dist.groups import Groups
-from megatron_rpp.mcore.hf_config import HfModel, read_hf_config
-from megatron_rpp.mcore.sums import Sums, update_stats
+from megatron_rpp.algo.objective import needs_whole_responses, policy_objective
+from megatron_rpp.config.schema import Algo
+from megatron_rpp.errors import GeometryError
+from megatron_rpp.mcore.model import MegatronModel
 from megatron_rpp.types import PackedBatch, UpdateStats
 
 if TYPE_CHECKING:
     from megatron_rpp.mcore.forward import Objective
-    from megatron_rpp.mcore.logp_model import LogpModel
-    from megatron_rpp.mcore.microbatch import Packing
-    from megatron_rpp.mcore.optimizer import Optimizer, StepResult
 
 
-class Policy:
-    """One model over all ranks. Every public method is collective over the world unless it says otherwise.
+class Policy(MegatronModel):
+    """A language model that is trained, or kept as the reference."""
 
-    hf: the shape of the model. chunks: this rank's pipeline chunks. optimizer: None for a frozen reference.
-    """
-
-    def __init__(
-        self,
-        *,
-        hf: HfModel,
-        groups: Groups,
-        chunks: list[LogpModel],
-        wrapped: list,
-        packing: Packing,
-        optimizer: Optimizer | None,
-        deadline_s: float,
-    ) -> None:
-        self.hf = hf
-        self.groups = groups
-        self.chunks = chunks
-        self.optimizer = optimizer
-        self._wrapped = wrapped
-        self._packing = packing
-        self._deadline_s = deadline_s
-
-    @classmethod
-    def from_config(
-        cls, cfg: Config, groups: Groups, *, trainable: bool = True, hf_dir: Path | None = None, total_steps: int | None = None
-    ) -> Policy:
-        """Build the model of `hf_dir` (default: model.hf). Its weights are zero until they are loaded through `named_local`.
-
-        trainable: False builds no gradient buffers and no optimizer. total_steps: optimiser steps that the learning-rate schedule
-        spans; default: run.steps x algo.minibatches.
-        Raises: GeometryError, ConfigError.
-        """
-        from megatron_rpp.mcore.build import build_chunks, transformer_config
-        from megatron_rpp.mcore.microbatch import Packing
-        from megatron_rpp.mcore.optimizer import Optimizer, wrap_ddp
-
-        hf = read_hf_config(hf_dir or cfg.model.hf)
-        device = torch.device("cuda", torch.cuda.current_device()) if _uses_cuda(groups) else torch.device("cpu")
-        config = transformer_config(hf, cfg, device)
-        chunks = build_chunks(hf, config, cfg.parallel.vpp, device)
-        packing = Packing(
-            groups,
-            device,
-            cfg.optim.microbatch_tokens,
-            cfg.parallel.vpp,
-            config.sequence_parallel,
-            is_count_shared=hf.experts is not None and cfg.parallel.ep * cfg.parallel.etp > 1,
-        )
-        if not trainable:
-            for chunk in chunks:
-                chunk.requires_grad_(False)
-            return cls(hf=hf, groups=groups, chunks=chunks, wrapped=chunks, packing=packing, optimizer=None, deadline_s=cfg.run.deadline_s)
-        wrapped = wrap_ddp(chunks, config, cfg.optim)
-        steps = total_steps if total_steps is not None else cfg.run.steps * cfg.algo.minibatches
-        optimizer = Optimizer(wrapped, cfg.optim, config.params_dtype, steps)
-        return cls(
-            hf=hf, groups=groups, chunks=chunks, wrapped=wrapped, packing=packing, optimizer=optimizer, deadline_s=cfg.run.deadline_s
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.chunks[0].config.params_dtype
+    end = "logp"
 
     def logprobs(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the masked tokens, on every rank of the replica; 0 elsewhere.
@@ -104,122 +29,25 @@ class Policy:
         logp_T[t] = log_softmax(logits[t - 1] / temperature)[tokens_T[t]]   where mask_T[t] is True
         Shapes: -> [T] float32, on the batch's device
         """
-        from megatron_rpp.mcore.forward import run_logprobs
-
-        self._set_training(False)
-        with self._wait("log-probabilities"):
-            logp_T = run_logprobs(self._wrapped, self._packing.microbatches(batch, temperature), batch.num_tokens, self.groups)
-        return logp_T.to(batch.tokens_T.device)
+        return self._first_answers(batch, "log-probabilities", temperature)
 
     def update(
         self, batch: PackedBatch, adv_T: Tensor, algo: Algo, *, temperature: float = 1.0, objective: Objective | None = None
     ) -> UpdateStats:
         """algo.minibatches optimiser steps on one roll-out batch.
 
-        A sequence's minibatch depends on its group alone, hence not on dp. In each step the loss and every statistic is a sum
-        over the tokens of all ranks divided by their number. objective: default policy_objective under `algo`.
-        A step whose gradient is not finite moves nothing, ends the update and shows as is_finite False.
+        objective: default policy_objective under `algo`. See MegatronModel._steps for what a step is.
         Shapes: adv_T [T] float32
+        Raises: GeometryError when a rank sees part of a response only and `algo` needs whole ones.
         """
-        objective = objective or partial(policy_objective, algo=algo)
-        done = []
-        for sequences in split_minibatches(batch.group_S, algo.minibatches):
-            index = token_index(batch.cu_len_S1, sequences)
-            done.append(self._step(select(batch, sequences), adv_T[index], objective, temperature))
-            if not done[-1][1].is_finite:
-                break
-        return self._stats(done)
+        if objective is None:
+            _refuse_cut_responses(algo, self.groups.cp_size)
+            objective = partial(policy_objective, algo=algo)
+        return self._steps(batch, adv_T, algo.minibatches, objective, temperature)
 
     def supervise(self, batch: PackedBatch) -> UpdateStats:
         """One optimiser step on the mean negative log-likelihood of the masked tokens (supervised warm-up)."""
-        return self._stats([self._step(batch, torch.zeros(batch.num_tokens), negative_log_likelihood, 1.0)])
-
-    def named_local(self) -> Iterator[tuple[str, int | None, Tensor]]:
-        """(Megatron name inside its chunk, layer over the whole model from 0 or None, live tensor). Not collective.
-
-        All parameters and, of routers that have them, the expert biases, float32 buffers. Experts are numbered as this rank
-        counts them: `mlp.experts.linear_fc1.weight{j}` is expert ep_rank * (experts / ep) + j of the model.
-        Whoever writes into the tensors calls `weights_changed` afterwards.
-        """
-        from megatron_rpp.mcore.build import named_tensors
-
-        return named_tensors(self.chunks)
-
-    def weights_changed(self) -> None:
-        """Tell the optimizer that parameters were written from outside, so that its float32 copies follow. Not collective."""
-        if self.optimizer is not None:
-            self.optimizer.inner.reload_model_params()
-
-    def sleep(self) -> None:
-        """Free what training alone needs: gradient buffers, and optimiser state to the host. Weights stay. Nothing to do on a CPU.
-
-        float32 weights are the optimiser's own parameters: they would leave the device with its state, so it stays.
-        """
-        if self.optimizer is not None and self._packing.device.type == "cuda":
-            for chunk in self._wrapped:
-                chunk.offload_grad_buffers()
-            if self.dtype is not torch.float32:
-                self.optimizer.inner.offload_to_cpu()
-
-    def wake(self) -> None:
-        """Undo `sleep`; harmless without one."""
-        if self.optimizer is not None and self._packing.device.type == "cuda":
-            for chunk in self._wrapped:
-                chunk.restore_grad_buffers()
-            if self.dtype is not torch.float32:
-                self.optimizer.inner.restore_from_cpu()
-
-    def save(self, directory: Path) -> None:
-        """Write weights, optimizer, schedule and random states into `directory`, for `load` in this or another layout."""
-        from megatron_rpp.mcore.checkpoint import save
-
-        with self._wait("save of a checkpoint"):
-            save(directory, self.hf, self.chunks, self._trained(), self.groups, deadline_s=self._deadline_s)
-
-    def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote: bit for bit on the same layout. Raises: CheckpointError, on every rank."""
-        from megatron_rpp.mcore.checkpoint import load
-
-        with self._wait("load of a checkpoint"):
-            load(directory, self.hf, self.chunks, self._trained(), self.groups, deadline_s=self._deadline_s)
-
-    def load_weights(self, directory: Path) -> None:
-        """Take the weights alone, of what `save` or tools/convert_hf_to_megatron.py wrote, in any layout. Raises: as `load`."""
-        from megatron_rpp.mcore.weights_only import load_weights
-
-        with self._wait("load of weights"):
-            load_weights(directory, self.hf, self.chunks, self.groups, deadline_s=self._deadline_s)
-        self.weights_changed()
-
-    def _trained(self) -> Optimizer:
-        assert self.optimizer is not None, "a frozen reference has no optimizer"
-        return self.optimizer
-
-    def _step(self, batch: PackedBatch, adv_T: Tensor, objective: Objective, temperature: float) -> tuple[Sums, StepResult]:
-        from megatron_rpp.mcore.forward import run_loss
-
-        optimizer = self._trained()
-        self._set_training(True)
-        optimizer.zero_grad()
-        microbatches = self._packing.microbatches(batch, temperature)
-        with self._wait("optimiser step"):
-            sums = run_loss(self._wrapped, microbatches, adv_T.to(self._packing.device), objective)
-            return sums, optimizer.step()
-
-    def _stats(self, done: list[tuple[Sums, StepResult]]) -> UpdateStats:
-        """The sums of every data-parallel rank, counted once, as means. Every rank adds the same numbers, so all report the same bits."""
-        is_counted = self.groups.is_last_stage and self.groups.coords.tp == 0
-        mine = [sums for sums, _ in done] if is_counted else []
-        shares = gather_objects(mine, self.groups.world_cpu, name="statistics of an update", deadline_s=self._deadline_s)
-        return update_stats([sums for share in shares for sums in share], [result for _, result in done])
-
-    def _wait(self, name: str) -> AbstractContextManager:
-        """Names the waits inside Megatron, which have the process groups' own deadline but no name."""
-        return deadline(name, self._deadline_s, rank=self.groups.rank, waiting_for="the other ranks of the model")
-
-    def _set_training(self, is_training: bool) -> None:
-        for chunk in self.chunks:
-            chunk.train(is_training)
+        return self._steps(batch, torch.zeros(batch.num_tokens), 1, negative_log_likelihood)
 
 
 def negative_log_likelihood(
@@ -230,5 +58,12 @@ def negative_log_likelihood(
     return loss, batch.mask_T.sum(), {"policy_loss": loss, "entropy": entropy_T.sum()}
 
 
-def _uses_cuda(groups: Groups) -> bool:
-    return torch.distributed.get_backend(groups.world) == "nccl"
+def _refuse_cut_responses(algo: Algo, cp_size: int) -> None:
+    if cp_size > 1 and needs_whole_responses(algo):
+        raise GeometryError(
+            "context parallelism cuts responses that the loss needs whole",
+            where="parallel.cp",
+            expected="1, or algo.aggregate token_mean with an algo.loss other than gspo",
+            got=f"{cp_size} with algo.aggregate {algo.aggregate}, algo.loss {algo.loss}",
+            fix="set parallel.cp: 1 and raise tp or pp for longer responses",
+        )

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What an objective measured on some tokens: sums, or the maximum where a name ends in _max. Nothing off the last stage."""
+    """What an objective measured on some tokens: sums, or the maximum where a name ends in _max. Nothing off the last stage.
+
+    denominator: what the loss is divided by, tokens or responses as the objective counts them. num_tokens: masked tokens, what
+    everything else is divided by.
+    """
 
     loss: float = 0.0
+    denominator: int = 0
     num_tokens: int = 0
     values: dict[str, float] = field(default_factory=dict)
 
@@ -31,19 +36,21 @@ def add(parts: Iterable[Sums]) -> Sums:
         for name, value in part.values.items():
             columns.setdefault(name, []).append(value)
     values = {name: max(column) if name.endswith(MAX_SUFFIX) else _sum(column) for name, column in columns.items()}
-    return Sums(_sum([part.loss for part in parts]), sum(part.num_tokens for part in parts), values)
+    denominator, num_tokens = sum(part.denominator for part in parts), sum(part.num_tokens for part in parts)
+    return Sums(_sum([part.loss for part in parts]), denominator, num_tokens, values)
 
 
 def update_stats(parts: Iterable[Sums], results: Sequence[StepResult]) -> UpdateStats:
     """Means over the tokens of an update, from the sums of all its minibatches on all data-parallel ranks.
 
-    value = sum / number of tokens;  for a name that ends in _max, the maximum;  lr is that of the last step
+    loss = sum / sum of denominators;  any other value = sum / number of tokens;  for a name that ends in _max, the maximum;
+    lr is that of the last step. Minibatches of unequal size are weighed by it: nothing is a mean of means.
     """
     total = add(parts)
     tokens = max(total.num_tokens, 1)
     values = {name: value if name.endswith(MAX_SUFFIX) else value / tokens for name, value in total.values.items()}
     return UpdateStats(
-        loss=total.loss / tokens,
+        loss=total.loss / max(total.denominator, 1),
         policy_loss=values.pop("policy_loss", 0.0),
         kl_loss=values.pop("kl_loss", 0.0),
         grad_norm=_sum([result.grad_norm for result in results]) / len(results),

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
+from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_rpp.dist.collectives import DEFAULT_DEADLINE_S
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.mcore.checkpoint import check_files, chunk_names, reading
 from megatron_rpp.mcore.hf_config import HfModel
-from megatron_rpp.mcore.logp_model import LogpModel
 from megatron_rpp.mcore.weights_header import check_model
 
 
 def load_weights(
-    directory: Path, hf: HfModel, chunks: Sequence[LogpModel], groups: Groups, *, deadline_s: float = DEFAULT_DEADLINE_S
+    directory: Path, hf: HfModel, chunks: Sequence[GPTModel], groups: Groups, *, deadline_s: float = DEFAULT_DEADLINE_S
 ) -> None:
     """Overwrite the weights, cast to the model's dtype; optimizer state and random states stay. Collective.
 

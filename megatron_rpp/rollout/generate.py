@@ -16,7 +16,7 @@ from megatron_rpp.errors import DeadlineError, EngineError, RppError
 from megatron_rpp.rollout.engine import POLL_S, Engine
 from megatron_rpp.rollout.ledger import Key, Ledger
 from megatron_rpp.rollout.queue import WorkQueue
-from megatron_rpp.rollout.request import Completion, Request, Sampling
+from megatron_rpp.rollout.request import Completion, Request, Sampling, greedy
 from megatron_rpp.rollout.seeds import request_seed
 from megatron_rpp.types import Group, Prompt, Response
 
@@ -38,8 +38,7 @@ class _Call:
     prompts: Sequence[Prompt]
     step: int
     version: int
-    samples: int
-    sampling: Sampling
+    samplings: tuple[Sampling, ...]  # how each response to a prompt is drawn
     on_response: OnResponse
     name: str
     known: dict[Key, Response]
@@ -47,6 +46,10 @@ class _Call:
     start: float = field(default_factory=time.monotonic)
     missing: dict[int, set[int]] = field(default_factory=dict)  # claimed prompt -> samples still to come
     responses: list[tuple[int, Response]] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return len(self.samplings)
 
     @property
     def num_in_flight(self) -> int:
@@ -77,13 +80,15 @@ class Rollouts:
         version: int,
         samples_per_prompt: int,
         sampling: Sampling,
+        with_greedy: bool = False,
         name: str | None = None,
         on_response: OnResponse = lambda prompt, response: None,
     ) -> list[Response]:
         """Sample samples_per_prompt responses to each prompt and return those that this rank's engine made.
 
         To be called on every leader with the same prompts. name: of the ledger's files, "step-000012" by default; what an
-        earlier, interrupted call of that name finished at this version is not sampled again.
+        earlier, interrupted call of that name finished at this version is not sampled again. with_greedy: one more response to each
+        prompt, the last, is the greedy one.
         on_response: told of each response as soon as it is there, while others are still being decoded.
         Returns: the responses in order of (prompt, sample); empty on a rank without an engine. See `assemble`.
         Raises: StaleWeightsError, EngineError, DeadlineError; EngineError too, within seconds, when another leader gave up.
@@ -92,9 +97,8 @@ class Rollouts:
             return []
         name = name or f"step-{step:06d}"
         known = self._ledger.load(name) if self._ledger is not None else {}
-        call = _Call(
-            prompts, step, version, samples_per_prompt, sampling, on_response, name, known, _first_samples(prompts, samples_per_prompt)
-        )
+        samplings = (sampling,) * samples_per_prompt + ((greedy(sampling),) if with_greedy else ())
+        call = _Call(prompts, step, version, samplings, on_response, name, known, _first_samples(prompts, len(samplings)))
         self.queue.open(len(prompts))
         try:
             self._run(call)
@@ -131,7 +135,7 @@ class Rollouts:
                 self._hand_on(call, index, response)
                 continue
             seed = request_seed(self._seed, call.step, prompt.uid, sample)
-            requests.append(Request(f"{index}/{sample}", prompt.tokens, seed, call.sampling))
+            requests.append(Request(f"{index}/{sample}", prompt.tokens, seed, call.samplings[sample - first]))
         if requests:
             self.engine.submit(requests, version=call.version)
 
@@ -192,23 +196,27 @@ def _first_samples(prompts: Sequence[Prompt], samples: int) -> list[int]:
     return firsts
 
 
-def assemble(prompts: Sequence[Prompt], gathered: Sequence[Response], samples_per_prompt: int) -> tuple[Group, ...]:
-    """The responses of all leaders as groups, in the order of the prompts and of `sample`.
+def assemble(
+    prompts: Sequence[Prompt], gathered: Sequence[Response], samples_per_prompt: int, *, with_greedy: bool = False
+) -> tuple[Group, ...]:
+    """The responses of all leaders as groups, in the order of the prompts and of `sample`. with_greedy: as in `generate`.
 
     Raises: EngineError when a response is missing or came twice.
     """
+    asked = samples_per_prompt + with_greedy
     found = Counter((response.prompt_uid, response.sample) for response in gathered)
     by_key = {(response.prompt_uid, response.sample): response for response in gathered}
     groups = []
-    for prompt, first in zip(prompts, _first_samples(prompts, samples_per_prompt), strict=True):
-        keys = [(prompt.uid, sample) for sample in range(first, first + samples_per_prompt)]
+    for prompt, first in zip(prompts, _first_samples(prompts, asked), strict=True):
+        keys = [(prompt.uid, sample) for sample in range(first, first + asked)]
         if any(found[key] != 1 for key in keys):
             raise EngineError(
                 f"responses to prompt {prompt.uid} are not complete",
                 where="gather of the roll-out",
-                expected=f"samples {first} to {first + samples_per_prompt - 1}, once each",
+                expected=f"samples {first} to {first + asked - 1}, once each",
                 got=sorted(sample for uid, sample in found.elements() if uid == prompt.uid),
                 fix="gather from every leader exactly once; otherwise keep the ledger and report it",
             )
-        groups.append(Group(prompt, tuple(by_key[key] for key in keys)))
+        responses = tuple(by_key[key] for key in keys)
+        groups.append(Group(prompt, responses[:samples_per_prompt], responses[-1] if with_greedy else None))
     return tuple(groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rpp.types import FinishReason
 
@@ -30,6 +30,11 @@ class Sampling:
             "stop_token_ids": list(self.stop_token_ids) or None,
             "sampling_seed": seed,
         }
+
+
+def greedy(sampling: Sampling) -> Sampling:
+    """The most probable token at every place, within the same limits."""
+    return replace(sampling, temperature=0.0, top_p=1.0, top_k=-1)
 
 
 @dataclass(frozen=True, slots=True)

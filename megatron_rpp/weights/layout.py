@@ -135,7 +135,7 @@ class MegatronLayout:
         if stage == self.pp - 1:
             found.append(self.model.final_norm)
             # One stage alone multiplies by the embedding itself; two keep a copy each, made equal by Megatron.
-            if not (self.model.dims.is_tied and self.pp == 1):
+            if self.model.head is not None and not (self.model.dims.is_tied and self.pp == 1):
                 found.append(self.model.head)
         return tuple(found)
 

@@ -19,8 +19,9 @@ def fill(live: LiveWeights, checkpoint: HFCheckpoint) -> None:
     Raises: CheckpointError when the directory does not hold exactly the model's tensors in its shapes.
     """
     model = live.layout.model
-    # A tied model may come with a head that HF ignores, and so do we.
-    checkpoint.check(model.hf_shapes, (*model.ignored, *(("lm_head.weight",) if model.dims.is_tied else ())))
+    # A tied model may come with a head that HF ignores, and so do we; a critic leaves out any.
+    is_ignored = model.dims.is_tied or model.head is None
+    checkpoint.check(model.hf_shapes, (*model.ignored, *(("lm_head.weight",) if is_ignored else ())))
     fill_locals(live.locals, live.tensors, checkpoint)
 
 

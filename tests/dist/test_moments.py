@@ -12,94 +12,87 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rpp.algo.advantage import compute_advantages
-from megatron_rpp.algo.baselines import Scores
-from megatron_rpp.config.schema import Algo
+from megatron_rpp.dist.float8 import gathers_float8
 from megatron_rpp.errors import DeadlineError, NumericsError
-from megatron_rpp.stats.moments import distributed_moments, whiten
-from megatron_rpp.types import PackedBatch
+from megatron_rpp.stats.moments import Population, distributed_moments, whiten
+from megatron_rpp.stats.wire import Wire
 from tests.dist.ranks import run_ranks
-from tests.reference.batches import packed, rows_of
+from tests.unit.stats.batches import responses
+from tests.unit.stats.split import Response, over_ranks
 
-Row = dict[str, Any]
-OPTIONS = [
-    {"estimator": "reinforce_pp", "kl_reward_coef": 0.1, "gamma": 0.95, "norm_population": population} for population in ("token", "sample")
-] + [{"estimator": "reinforce_pp_baseline", "norm_population": population} for population in ("token", "sample")]
-
-
-def _rows(seed: int) -> list[Row]:
-    """Twelve responses to four prompts, of very different length and size of value."""
-    dice = random.Random(seed)
-    rows = []
-    for i in range(12):
-        length = dice.choice([1, 2, 5, 40])
-        columns = {name: [dice.gauss(-1, 1) * 10 ** dice.uniform(-6, 1) for _ in range(length)] for name in ("old", "ref")}
-        rows.append({"mask": [dice.random() < 0.8 for _ in range(length)], "score": dice.gauss(0, 3), "group": i % 4, **columns})
-    rows[0]["mask"][0] = True
-    return rows
+WIRES = (Wire(), Wire("fp32"), Wire("fp8"), Wire("fp8", 1), Wire("fp8", 3))
+NUM_DOMAINS = 3
 
 
-def _batch(rows: list[Row]) -> PackedBatch:
-    def column(name: str) -> list[Any]:
-        return [row[name] for row in rows]
+def _whitened(batch: list[Response], wire: Wire, **options: Any) -> tuple[list[list[float]], Population]:
+    """This process's responses over the whole group; the whitened values of each."""
+    x_T = torch.tensor([value for one in batch for value in one.values], dtype=torch.float64)
+    mask_T = torch.tensor([flag for one in batch for flag in one.mask], dtype=torch.bool)
+    sequence_T = torch.tensor([number for number, one in enumerate(batch) for _ in one.values], dtype=torch.int64)
+    domain_S = torch.tensor([one.domain for one in batch], dtype=torch.int64)
+    fixed = {"sequence_T": sequence_T, "domain_S": domain_S, "num_domains": NUM_DOMAINS, "wire": wire.name, "limbs": wire.limbs}
+    out_T, seen = whiten(x_T, mask_T, **fixed, **options)
+    return [part.tolist() for part in out_T.split([len(one.values) for one in batch])], seen
 
-    return packed(column("mask"), column("score"), groups=column("group"), old=column("old"), ref=column("ref"))
 
-
-def _advantages(rank: int, rows: list[Row], shares: list[list[list[int]]]) -> list[list[list[list[float]]]]:
-    """For each option and each way to share the rows: this rank's advantages by row."""
-    everything = Scores(torch.tensor([row["score"] for row in rows], dtype=torch.float64), torch.tensor([row["group"] for row in rows]))
-    normaliser = partial(whiten, group=dist.group.WORLD, deadline_s=30.0)
-    answers = []
-    for options in OPTIONS:
-        for share in shares:
-            batch = _batch([rows[i] for i in share[rank]])
-            adv_T, _ = compute_advantages(batch, Algo(**options), scores=everything, normaliser=normaliser)
-            answers.append(rows_of(adv_T, batch) if share[rank] else [])
-    return answers
+def _examples(rank: int, ranks: int, count: int) -> str:
+    """Random batches and splits, which all ranks draw alike. On the exact wire: what one process has from the whole batch, bit for
+    bit. On the others: what the ranks' numbers come to when they are handed over in one process."""
+    everything = []
+    for example in range(count):
+        dice = random.Random(example)
+        batch = responses(dice, num_domains=NUM_DOMAINS)
+        shares = [[] for _ in range(ranks)]
+        for number in dice.sample(range(len(batch)), len(batch)):
+            dice.choice(shares).append(number)
+        wire = WIRES[0] if example % 2 else dice.choice(WIRES[1:])
+        population, scope = dice.choice(("token", "sample")), dice.choice(("global", "domain"))
+        mine = [batch[number] for number in shares[rank]]
+        out, seen = _whitened(mine, wire, group=dist.group.WORLD, population=population, scope=scope, deadline_s=60.0)
+        if wire.name == "fp64":
+            whole_out, whole = _whitened(batch, wire, group=None, population=population, scope=scope)
+            assert repr(out) == repr([whole_out[number] for number in shares[rank]]), example
+        else:
+            parts = [[batch[number] for number in share] for share in shares]
+            num_domains = NUM_DOMAINS if scope == "domain" else 1
+            whole, _ = over_ranks(parts, wire=wire, by_sequence=population == "sample", num_domains=num_domains)
+        assert repr(seen) == repr(whole), example
+        everything.append(repr(seen))
+    return "".join(everything)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_any_split_over_ranks_gives_the_same_bits(ranks: int) -> None:
-    """Even, uneven, shuffled, with empty ranks and all on the last rank: bit for bit what one process gets."""
-    rows = _rows(ranks)
-    order = random.Random(0).sample(range(12), 12)
-    shares = [
-        [list(range(rank, 12, ranks)) for rank in range(ranks)],
-        [order[12 * rank // ranks : 12 * (rank + 1) // ranks] for rank in range(ranks)],
-        [order[:1], order[1:], *[[] for _ in range(ranks - 2)]],
-        [[] for _ in range(ranks - 1)] + [list(range(12))],
-    ]
-    answers = run_ranks(ranks, _advantages, rows, shares, timeout_s=90)
-    whole = Scores(_batch(rows).score_S, _batch(rows).group_S)
-    for number, options in enumerate(OPTIONS):
-        adv_T, _ = compute_advantages(_batch(rows), Algo(**options), scores=whole, normaliser=partial(whiten, group=None))
-        expected = rows_of(adv_T, _batch(rows))
-        for which, share in enumerate(shares):
-            for rank in range(ranks):
-                got = answers[rank][number * len(shares) + which]
-                assert got == [expected[i] for i in share[rank]], (options, which, rank)
+    """2,000 batches, one start of processes: every wire, both populations, domains that some ranks lack, empty ranks."""
+    first, *others = run_ranks(ranks, _examples, ranks, 2000, timeout_s=240)
+    assert all(one == first for one in others)
 
 
-def _counted(rank: int) -> int:
-    """How many collectives one normalisation makes."""
-    calls = 0
+def _counted(rank: int) -> list[int]:
+    """How many collectives one normalisation makes, and the largest number of bytes that it sends at once for a statistic."""
+    calls: list[int] = []
     original = dist.all_gather
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return original(*args, **kwargs)
+    def counting(parts: Any, mine: Tensor, **kwargs: Any) -> Any:
+        calls.append(mine.nbytes)
+        return original(parts, mine, **kwargs)
 
     dist.all_gather = counting
-    x_T = torch.arange(4, dtype=torch.float64) + rank
-    for population in ("token", "sample"):
-        whiten(x_T, torch.ones(4, dtype=torch.bool), sequence_T=torch.tensor([0, 0, 1, 1]), group=dist.group.WORLD, population=population)
-    return calls
+    answers = []
+    for wire in WIRES:
+        for population, scope in (("token", "global"), ("sample", "global"), ("sample", "domain")):
+            calls.clear()
+            batch = [Response((1.0, rank), (True, True), domain) for domain in range(NUM_DOMAINS)]
+            _, seen = _whitened(batch, wire, group=dist.group.WORLD, population=population, scope=scope)
+            assert sum(calls) == seen.wire_bytes
+            answers += [len(calls), max(calls) // (NUM_DOMAINS if scope == "domain" else 1)]
+    return answers
 
 
-def test_a_normalisation_takes_two_collectives() -> None:
-    assert run_ranks(2, _counted) == [4, 4]
+def test_a_normalisation_takes_two_collectives_of_at_most_64_bytes_a_statistic() -> None:
+    for answers in run_ranks(2, _counted):
+        assert answers[::2] == [2] * 3 * len(WIRES)
+        assert max(answers[1::2]) == 64
 
 
 def _moments_of(rank: int, values: list[list[float]]) -> tuple[int, float, float, float, float]:
@@ -113,24 +106,38 @@ def test_two_ranks_by_hand_with_one_of_them_empty() -> None:
     assert run_ranks(2, _moments_of, [[2.0, 4.0], []]) == [(2, 3.0, 1.0, 2.0, 4.0)] * 2
 
 
-def _error_of(rank: int, values: list[list[float]]) -> str:
-    x_T = torch.tensor(values[rank], dtype=torch.float64)
-    sequence_T = torch.zeros(x_T.numel(), dtype=torch.int64)
-    try:
-        whiten(x_T, torch.ones_like(x_T, dtype=torch.bool), sequence_T=sequence_T, group=dist.group.WORLD, deadline_s=20)
-    except NumericsError as error:
-        return str(error)
-    return "no error"
+def _errors_of(rank: int, cases: list[list[list[float]]]) -> list[str]:
+    """What each case is refused with, by every wire and scope; the group is used on after each."""
+    said = []
+    for values, wire, scope in ((values, wire, scope) for values in cases for wire in WIRES[:3] for scope in ("global", "domain")):
+        batch = [Response((value,), (True,), domain) for domain, value in enumerate(values[rank])]
+        try:
+            _whitened(batch, wire, group=dist.group.WORLD, scope=scope, deadline_s=20.0)
+        except NumericsError as error:
+            said.append(str(error))
+    return said
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [([[], [], []], "no token to learn from"), ([[1.0], [float("nan"), 2.0], []], "1 of 2 on rank 1 of the group")],
-)
-def test_a_batch_that_cannot_be_used_raises_the_same_error_on_every_rank(values: list[list[float]], message: str) -> None:
-    errors = run_ranks(3, _error_of, values)
-    assert message in errors[0]
+def test_a_batch_that_cannot_be_used_raises_the_same_error_on_every_rank() -> None:
+    nan, inf = float("nan"), float("inf")
+    cases = [[[], [], []], [[1.0], [nan, 2.0], []], [[inf], [], [1.0, -inf, nan]]]
+    errors = run_ranks(3, _errors_of, cases)
     assert errors == [errors[0]] * 3
+    messages = ("none on any of 3 ranks", "got: 1 of 2 on rank 1 of the group", "1 of 1 on rank 0 of the group, 2 of 3 on rank 2")
+    for i, message in enumerate(messages):
+        assert all(message in said for said in errors[0][6 * i : 6 * (i + 1)]), errors[0]
+    assert len(errors[0]) == 3 * 6
+
+
+def _float8(rank: int) -> tuple[bool, list[float]]:
+    answer = gathers_float8(dist.group.WORLD, deadline_s=20.0)
+    parts = [torch.zeros(1) for _ in range(2)]
+    dist.all_gather(parts, torch.tensor([float(rank)]))
+    return answer, [float(part) for part in parts]
+
+
+def test_gloo_is_found_not_to_take_float8_and_is_usable_after_it_was_asked() -> None:
+    assert run_ranks(2, _float8) == [(False, [0.0, 1.0])] * 2
 
 
 def _absent(rank: int) -> str:

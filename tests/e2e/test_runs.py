@@ -85,14 +85,19 @@ def test_a_warning_while_the_run_is_starting_ends_it_before_its_first_step(yaml:
 
 
 def test_torchrun_starts_a_run_and_the_engine_follows_the_policy_for_twenty_updates(yaml: Path, tmp_path: Path) -> None:
-    """Seen through the tokens of every step: all 20 published versions are the policy's weights, none lags or drifts."""
+    """Seen through the tokens of every step: all 20 published versions are the policy's weights, none lags or drifts. With a critic."""
     torchrun = ("--nproc-per-node=2", "--standalone", "-m", "megatron_rpp")
     words = (f"run.dir={tmp_path / 'run'}", "run.steps=20", "rollout.prompts_per_step=4", "algo.minibatches=1", "eval.every=0")
+    words += ("preset=ppo", "critic.lr=1e-3", "critic.warmup_steps=2")
     code, output = runs.rpp(*torchrun, "train", str(yaml), *words, module="torch.distributed.run")
     assert code == 0, output
     run = runs.Finished(tmp_path / "run", code, output)
-    assert [record["step"] for record in run.records("step")] == list(range(1, 21))
-    assert min(run.column("policy/grad_norm")) > 0
+    steps = run.records("step")
+    assert [record["step"] for record in steps] == list(range(1, 21))
+    assert [record["step"] for record in steps if "policy/grad_norm" not in record] == [1, 2]  # only the critic learns
+    assert min(record["policy/grad_norm"] for record in steps[2:]) > 0
+    assert min(run.column("critic/grad_norm")) > 0
+    assert run.column("critic/value")[0] == 0.0
     assert max(run.column("mismatch/max_abs")) <= 1e-4
     assert "rank-1.log" in {path.name for path in (run.dir / "logs").iterdir()}
 
@@ -112,12 +117,19 @@ def test_other_layouts_follow_the_same_curve(layout: tuple[str, ...], yaml: Path
 
 
 def test_the_gsm8k_example_runs_through_chat_template_packing_and_the_math_verifier(assets: Path, tmp_path: Path) -> None:
-    """A random model boxes nothing, so the verifier's word is 0 each time; a run without it would not end so."""
+    """A random model boxes nothing, so the verifier's word is 0 each time; a run without it would not end so.
+
+    With dynamic sampling no prompt is worth keeping: each step ends at the cap, with the one group that an update needs.
+    """
     yaml = runs.ROOT / "examples" / "gsm8k" / "tiny.yaml"
-    run = runs.train(yaml, tmp_path / "gsm8k", f"model.hf={assets / 'model'}", "observe.console=plain")
+    words = ("preset=prorl_v2", "rollout.max_refills=1", "rollout.prompts_per_step=2")
+    run = runs.train(yaml, tmp_path / "gsm8k", f"model.hf={assets / 'model'}", "observe.console=plain", *words)
     assert run.code == 0, run.output
     steps = run.records("step")
     assert [record["step"] for record in steps] == [1, 2, 3]
+    assert [(record["draw/refills"], record["draw/kept_groups"], record["batch/prompts"]) for record in steps] == [(1, 1, 4.0)] * 3
+    assert run.column("adv/is_degenerate") == [1.0] * 3
+    assert "step 1: 1 of 2 prompts after 1 refills; the scores differ in 0% of the sampled groups" in run.output
     assert run.column("score/failed_frac") == [0.0] * 3
     assert run.column("score/mean") == [0.0] * 3
     assert max(run.column("mismatch/max_abs")) <= 1e-4

@@ -17,7 +17,7 @@ LAYERS = (
     ("delivery",),
     ("doctor", "launch", "observe", "placement", "resume"),
     ("collect", "process"),
-    ("engines", "heldout"),
+    ("credit", "draw", "engines", "heldout"),
     ("evaluate", "session", "supervised"),
     ("train",),
     ("__main__",),

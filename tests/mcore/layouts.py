@@ -33,6 +33,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": dict(cp=2),
 }
 
+# The real objective where it counts responses: one ratio and one weight for each. Bounds that hold some of them and not others.
+PER_RESPONSE: dict[str, Any] = dict(loss="gspo", aggregate="seq_mean_token_mean", clip_low=0.7, clip_high=0.2, minibatches=2)
+PER_RESPONSE_LAYOUTS = ("tp1", "pp2", "dp2")
+
 
 @dataclass
 class Answer:
@@ -62,8 +66,8 @@ SPARSE_LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 @cache
 def answers(layout: str, root: Path) -> dict[str, Answer]:
-    """Each kind of dense model under one layout. Spawns once for a layout and keeps the answers."""
-    return _spawn(root, LAYOUTS[layout], tiny.KINDS)
+    """Each kind of dense model under one layout, and "per response" on some. Spawns once for a layout and keeps the answers."""
+    return _spawn(root, LAYOUTS[layout], tiny.KINDS, layout in PER_RESPONSE_LAYOUTS)
 
 
 @cache
@@ -72,17 +76,29 @@ def sparse_answers(layout: str, root: Path) -> dict[str, Answer]:
     return _spawn(root, *SPARSE_LAYOUTS[layout])
 
 
-def _spawn(root: Path, sizes: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Answer]:
+def _spawn(root: Path, sizes: dict[str, Any], kinds: tuple[str, ...], per_response: bool = False) -> dict[str, Answer]:
     world = math.prod(sizes.get(axis, 1) for axis in ("tp", "pp", "dp", "cp"))
-    return run_ranks(world, _worker, root, sizes, kinds, init=False, timeout_s=240.0)[0]
+    return run_ranks(world, _worker, root, sizes, kinds, per_response, init=False, timeout_s=240.0)[0]
 
 
-def _worker(rank: int, root: Path, sizes: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Answer]:
+def _worker(rank: int, root: Path, sizes: dict[str, Any], kinds: tuple[str, ...], per_response: bool) -> dict[str, Answer]:
     found = {}
     with tiny.megatron(tiny.make_config(root / kinds[0], **sizes)) as groups:
         for kind in kinds:
             found[kind] = _answer(root / kind, groups, sizes)
+        if per_response:
+            found["per response"] = _per_response(root / "qwen3", groups, sizes)
     return found
+
+
+def _per_response(hf: Path, groups: Groups, sizes: dict[str, Any]) -> Answer:
+    cfg = tiny.make_config(hf, algo=PER_RESPONSE, optim=dict(distributed=False), **sizes)
+    policy = tiny.open_policy(cfg, groups)
+    batch, adv_T = tiny.make_batch(tiny.make_groups(), groups.coords.dp, groups.dp_size, num_minibatches=2)
+    stats = policy.update(batch, adv_T, cfg.algo, temperature=TEMPERATURE)
+    return Answer(
+        torch.empty(0), gradients=tiny.weights_as_hf(policy, cfg, of="gradients"), weights=tiny.weights_as_hf(policy, cfg), stats=stats
+    )
 
 
 def _answer(hf: Path, groups: Groups, sizes: dict[str, Any]) -> Answer:

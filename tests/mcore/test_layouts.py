@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_rpp.algo.objective import policy_objective
+from megatron_rpp.config.schema import Algo
 from megatron_rpp.data.packing import pack_groups
+from megatron_rpp.errors import GeometryError
+from megatron_rpp.mcore.policy import Policy
 from tests.dist.ranks import run_ranks
 from tests.mcore import layouts, oracle, tiny
 
@@ -79,6 +84,31 @@ def test_statistics_are_token_means_over_all_ranks(layout: str, kind: str, hf_ro
     assert stats.loss == pytest.approx(want.updated.loss, abs=1e-6)
     assert stats.grad_norm == pytest.approx(want.updated.grad_norm, rel=2e-6)
     assert stats.is_finite and stats.values["lr"] == 1e-2
+
+
+@cache
+def wanted_per_response(root: Path) -> oracle.Updated:
+    cfg = tiny.make_config(root / "qwen3", algo=layouts.PER_RESPONSE)
+    batch, adv_T = tiny.make_batch(tiny.make_groups(), num_minibatches=2)
+    return oracle.update(root / "qwen3", batch, adv_T, cfg, partial(policy_objective, algo=cfg.algo), layouts.TEMPERATURE)
+
+
+@pytest.mark.parametrize("layout", layouts.PER_RESPONSE_LAYOUTS)
+def test_a_loss_over_responses_gives_the_textbooks_update(layout: str, hf_root: Path) -> None:
+    """GSPO, mean over responses of their token means: Megatron divides by responses, which are dealt to ranks and microbatches."""
+    got, want = layouts.answers(layout, hf_root)["per response"], wanted_per_response(hf_root)
+    assert max(worst(got.gradients, want.gradients).values()) < 1e-5
+    assert max(worst(got.weights, want.weights).values()) < 2e-6
+    assert (got.stats.loss, got.stats.grad_norm) == (pytest.approx(want.loss, abs=1e-6), pytest.approx(want.grad_norm, rel=2e-6))
+    assert 0.05 < got.stats.values["clip_frac_low"] + got.stats.values["clip_frac_high"] < 0.95
+
+
+@pytest.mark.parametrize("algo", [Algo(loss="gspo"), Algo(aggregate="seq_mean_token_mean"), Algo(aggregate="constant_length")])
+def test_a_loss_over_responses_is_refused_where_context_parallelism_cuts_them(algo: Algo) -> None:
+    policy = SimpleNamespace(groups=SimpleNamespace(cp_size=2))
+    batch, adv_T = tiny.make_batch(tiny.make_groups(1, 1))
+    with pytest.raises(GeometryError, match=r"parallel\.cp"):
+        Policy.update(policy, batch, adv_T, algo)
 
 
 def _share(values_T: Tensor, groups: tuple) -> Tensor:

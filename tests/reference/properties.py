@@ -5,3 +5,5 @@ from __future__ import annotations
 from hypothesis import settings
 
 steady = settings(deadline=None, derandomize=True, max_examples=30)
+# For what must hold of every input: pure functions, a millisecond an example.
+thorough = settings(deadline=None, derandomize=True, max_examples=2000)

@@ -117,7 +117,8 @@ class Model:
     """Every parameter of one model. Nothing here depends on a layout.
 
     head: output_layer.weight; of a tied model it is a second copy of the embedding, which Megatron keeps only where the
-    first and last stage differ. ignored: endings of HF names that checkpoints carry and nobody reads.
+    first and last stage differ; None in a critic, which has an end of its own that no HF tensor fills. ignored: endings of HF
+    names that checkpoints carry and nobody reads.
     has_attention_dp: SGLang's class of this model can cut attention into fewer parts than the rest. not_in_engine: why SGLang
     cannot run this model, where that is so.
     """
@@ -126,7 +127,7 @@ class Model:
     embedding: Parameter
     layers: tuple[tuple[Parameter, ...], ...]
     final_norm: Parameter
-    head: Parameter
+    head: Parameter | None
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     has_attention_dp: bool = False
     not_in_engine: str | None = None
@@ -141,7 +142,12 @@ class Model:
 
     def parameters(self) -> tuple[Parameter, ...]:
         """All of them, in the order of the forward pass; a tied head comes last, as in a model of several stages."""
-        return (self.embedding, *(p for layer in self.layers for p in layer), self.final_norm, self.head)
+        head = () if self.head is None else (self.head,)
+        return (self.embedding, *(p for layer in self.layers for p in layer), self.final_norm, *head)
+
+    def without_head(self) -> Model:
+        """The backbone alone: what a critic takes from a checkpoint."""
+        return replace(self, head=None)
 
     def engine_parameters(self) -> Iterator[Parameter]:
         """SGLang's parameters of the same model; it keeps no head that is tied."""

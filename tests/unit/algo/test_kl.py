@@ -6,9 +6,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_rpp.algo.kl import adapted_coef, k1, k2, k3
+from megatron_rpp.algo.kl import adapted_coef, k1, k2, k3, kl_loss
+from megatron_rpp.config.schema import KlLossName
+from tests.reference.properties import thorough
 
 
 def test_the_estimators_at_a_distance_of_one_nat() -> None:
@@ -50,6 +54,85 @@ def test_k1_and_k3_are_unbiased() -> None:
     pi, kl = logp.exp(), (logp.exp() * (logp - logp_ref)).sum()
     torch.testing.assert_close((pi * k1(logp, logp_ref)).sum(), kl)
     torch.testing.assert_close((pi * k3(logp, logp_ref)).sum(), kl)
+
+
+# ---- as a loss: the expected gradient by enumeration of every token ----
+
+
+def _expected_gradient(name: KlLossName, theta: Tensor, logp_old: Tensor, logp_ref: Tensor) -> Tensor:
+    """sum over tokens of old(token) * grad of kl_loss(token), in the logits of new."""
+    logp_new = theta.log_softmax(-1)
+    value = (logp_old.exp() * kl_loss(name, logp_new, logp_ref, logp_new - logp_old)).sum()
+    return torch.autograd.grad(value, theta)[0]
+
+
+def _grad_kl(theta: Tensor, logp_ref: Tensor) -> Tensor:
+    logp_new = theta.log_softmax(-1)
+    return torch.autograd.grad((logp_new.exp() * (logp_new - logp_ref)).sum(), theta)[0]
+
+
+def _three(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of new, log-probabilities of old and of ref, over three tokens."""
+    draws = torch.randn(3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return draws[0].requires_grad_(), draws[1].log_softmax(0), draws[2].log_softmax(0)
+
+
+@thorough
+@given(st.integers(0, 2**32 - 1))
+def test_the_unbiased_forms_pull_along_the_reverse_kl_whichever_policy_sampled(seed: int) -> None:
+    theta, logp_old, logp_ref = _three(seed)
+    wanted = _grad_kl(theta, logp_ref)
+    for name in ("k1_unbiased", "k2_unbiased", "k3_unbiased"):
+        torch.testing.assert_close(_expected_gradient(name, theta, logp_old, logp_ref), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_off_policy_the_plain_forms_pull_elsewhere() -> None:
+    """On the logits of kl-03 with another policy's tokens. Plain k1 pushes away from old: E_old[grad logp_new] = old - new."""
+    theta, logp, logp_ref = _policy()
+    logp_old = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).log()
+    wanted = _grad_kl(theta, logp_ref)
+    for name in ("k1", "k2", "k3"):
+        assert (_expected_gradient(name, theta, logp_old, logp_ref) - wanted).abs().max() > 0.03, name
+    torch.testing.assert_close(_expected_gradient("k1", theta, logp_old, logp_ref), logp_old.exp() - logp.exp().detach())
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_the_plain_forms_leave_the_ratio_out(name: KlLossName) -> None:
+    a, b = torch.tensor([-0.5, -2.0]), torch.tensor([-1.5, -1.0])
+    assert torch.equal(kl_loss(name, a, b, torch.tensor([math.nan, 7.0])), {"k1": k1, "k2": k2, "k3": k3}[name](a, b))
+
+
+def test_the_ratio_of_k2_is_held_and_that_of_k1_and_k3_is_not() -> None:
+    """At x = 0 nothing pulls, but for k1, whose value has no minimum: its gradient there is the ratio, 2."""
+    for name, gradient in (("k1_unbiased", 2.0), ("k2_unbiased", 0.0), ("k3_unbiased", 0.0)):
+        new = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
+        kl_loss(name, new, new.detach(), new - (new.detach() - math.log(2))).sum().backward()
+        assert new.grad.item() == pytest.approx(gradient, abs=1e-15), name
+    new = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
+    kl_loss("k2_unbiased", new, new.detach() - 0.5, new - (new.detach() - math.log(2))).sum().backward()
+    assert new.grad.item() == pytest.approx(2 * 0.5)  # and not 2 * (0.5 + 0.5^2 / 2)
+
+
+def test_over_two_steps_only_the_reward_form_counts_what_a_token_does_to_the_divergence_of_later_ones() -> None:
+    """Two tokens, the second one's policy depends on the first; every pair is enumerated. k1 in the reward, as a reward-to-go,
+    has the gradient of the KL of the pair; k2 of each token lacks E[grad logp(first) * KL(second | first)]."""
+    theta = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    after = torch.tensor([[0.0, 1.0, -1.0], [0.5, 0.0, 0.2], [-0.7, 0.3, 0.9]], dtype=torch.float64)
+    first, second = theta.log_softmax(0), (theta + after).log_softmax(1)
+    ref = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+
+    def gradient(value: Tensor) -> Tensor:
+        return torch.autograd.grad(value, theta, retain_graph=True)[0]
+
+    pair = (first[:, None] + second).exp()
+    x_first, x_second = k1(first, ref)[:, None], k1(second, ref)
+    whole = gradient((pair * (x_first + x_second)).sum())
+    to_go = (x_first + x_second).detach() * first[:, None] + x_second.detach() * second
+    torch.testing.assert_close(gradient((pair.detach() * to_go).sum()), whole, rtol=1e-12, atol=1e-15)
+    by_token = gradient((pair.detach() * (k2(first, ref)[:, None] + k2(second, ref))).sum())
+    future = gradient((first.exp() * (second.exp() * x_second).sum(1).detach()).sum())
+    assert future.abs().max() > 0.01
+    torch.testing.assert_close(by_token + future, whole, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize(("kl", "error"), [(0.05, -0.2), (0.1, 0.0), (0.11, 0.1), (9.0, 0.2)])

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rpp.algo.objective import MAX_SUFFIX, policy_objective
-from megatron_rpp.config.schema import Algo
+from megatron_rpp.algo.objective import MAX_SUFFIX, needs_whole_responses, policy_objective
+from megatron_rpp.config.schema import Algo, KlLossName
 from megatron_rpp.types import PackedBatch
 from tests.reference.batches import packed
 from tests.reference.estimators import clipped_loss
@@ -32,7 +32,7 @@ def _case(seed: int, tokens: int = 12, dtype: torch.dtype = torch.float64) -> tu
 
 
 def test_the_loss_by_hand() -> None:
-    """One token, new - old = log 1.5, adv 1, clip 0.2: -1.2. new - ref = 2, k2 = 2; two minibatches, so times the ratio: 3.
+    """One token, new - old = log 1.5, adv 1, clip 0.2: -1.2. new - ref = 2, k2 = 2, unbiased, so times the ratio: 3.
     Entropy 0.5. loss = -1.2 + 0.1 * 3 - 0.01 * 0.5 = -0.905."""
     algo = Algo(kl_loss_coef=0.1, entropy_coef=0.01, minibatches=2)
     batch = packed([[1]], [0.0], old=[[-1.0 - math.log(1.5)]], ref=[[-3.0]])
@@ -56,31 +56,58 @@ def test_the_loss_by_hand() -> None:
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-12)
 
 
-def test_with_one_minibatch_the_kl_loss_has_no_ratio() -> None:
+def test_a_plain_kl_loss_has_no_ratio() -> None:
     batch = packed([[1]], [0.0], old=[[-1.0 - math.log(1.5)]], ref=[[-3.0]])
     new_T = torch.tensor([-1.0], dtype=torch.float64)
-    _, _, metrics = policy_objective(new_T, None, batch, torch.ones(1, dtype=torch.float64), Algo(kl_loss_coef=0.1))
+    _, _, metrics = policy_objective(new_T, None, batch, torch.ones(1, dtype=torch.float64), Algo(kl_loss_coef=0.1, kl_loss="k2"))
     assert metrics["kl_loss"].item() == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("minibatches", [1, 4])
-def test_the_gradient_equals_the_closed_form(minibatches: int) -> None:
+def test_the_sum_and_the_denominator_follow_the_aggregation_and_the_metrics_do_not() -> None:
+    """Responses of 3 and 1 tokens, new = old, adv 1 in the first and 5 in the second: losses -1 -1 -1 | -5. Weight 2 on the last."""
+    rows = [[-1.0] * 3, [-1.0]]
+    batch = replace(packed([[1, 1, 1], [1]], [0.0, 0.0], old=rows), weight_T=torch.tensor([1.0, 1.0, 1.0, 2.0]))
+    adv_T = torch.tensor([1.0, 1.0, 1.0, 5.0], dtype=torch.float64)
+    expected = {
+        "token_mean": (-13.0, 4),
+        "seq_mean_token_mean": (-1.0 - 10.0, 2),
+        "seq_mean_token_sum": (-3.0 - 10.0, 2),
+        "constant_length": (-13.0 / 8, 2),
+    }
+    for aggregate, (total, denominator) in expected.items():
+        algo = Algo(aggregate=aggregate, aggregate_tokens=8)
+        loss, count, metrics = policy_objective(batch.logp_old_T.clone(), None, batch, adv_T, algo)
+        assert (loss.item(), count.item()) == (pytest.approx(total), denominator), aggregate
+        assert metrics["policy_loss"].item() == -13.0
+        assert needs_whole_responses(algo) == (aggregate != "token_mean")
+    assert needs_whole_responses(Algo(loss="gspo"))
+
+
+def test_a_dual_clip_has_a_metric_of_its_own() -> None:
+    batch = packed([[1]], [0.0], old=[[-5.0]])
+    arguments = torch.tensor([-1.0], dtype=torch.float64), None, batch, torch.tensor([-1.0], dtype=torch.float64)
+    assert policy_objective(*arguments, Algo(dual_clip=3.0))[2]["clip_frac_dual"].item() == 1.0
+    assert "clip_frac_dual" not in policy_objective(*arguments, Algo())[2]
+
+
+@pytest.mark.parametrize("kl_loss", ["k2", "k2_unbiased"])
+def test_the_gradient_equals_the_closed_form(kl_loss: KlLossName) -> None:
     """d/dnew = [-ratio * adv unless held] + lambda * w * (new - ref), w = ratio or 1, 0 outside the mask."""
     new_T, entropy_T, batch, adv_T = _case(3, tokens=40)
-    algo = replace(FULL, minibatches=minibatches)
+    algo = replace(FULL, kl_loss=kl_loss)
     policy_objective(new_T, entropy_T, batch, adv_T, algo)[0].backward()
     ratio_T = (new_T.detach() - batch.logp_old_T).exp()
     is_held_T = ((adv_T > 0) & (ratio_T > 1.3)) | ((adv_T < 0) & (ratio_T < 0.8))
-    weight_T = ratio_T if minibatches > 1 else 1.0
+    weight_T = ratio_T if kl_loss == "k2_unbiased" else 1.0
     expected_T = torch.where(is_held_T, 0.0, -ratio_T * adv_T) + 0.7 * weight_T * (new_T.detach() - batch.logp_ref_T)
     assert is_held_T.any()
     torch.testing.assert_close(new_T.grad, torch.where(batch.mask_T, expected_T, 0.0), rtol=1e-12, atol=1e-14)
 
 
 def test_the_gradient_equals_finite_differences() -> None:
-    """Away from the bounds, where the function has no derivative. With the ratio on k2 detached, the difference is taken with it held."""
+    """Of the package's own function, in float64, away from the bounds. With plain k2: tests/reference holds what k2_unbiased does."""
     new_T, entropy_T, batch, adv_T = _case(5, tokens=10)
-    algo = replace(FULL, minibatches=1)
+    algo = replace(FULL, kl_loss="k2")
     entropy_T.requires_grad_()
     policy_objective(new_T, entropy_T, batch, adv_T, algo)[0].backward()
     step = 1e-6

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rpp.algo.returns import compute_returns, token_rewards
+from megatron_rpp.algo.returns import compute_returns, kl_penalties, kl_per_token, token_rewards
 from tests.reference.batches import close, packed, rows_of
 from tests.reference.estimators import returns
 from tests.reference.properties import steady
@@ -27,6 +28,21 @@ def test_every_masked_token_pays_for_its_distance_to_the_reference() -> None:
     The tool's token pays nothing."""
     batch = packed([[0, 1, 0, 1]], [1.0], old=[[0, -1, -9, -2]], ref=[[0, -1.5, -1, -1]])
     close(rows_of(token_rewards(batch, batch.score_S, 0.1), batch), [[0.0, -0.05, 0.0, 1.1]])
+
+
+def test_a_tools_token_has_no_reward_even_where_its_log_probabilities_are_numbers() -> None:
+    """The reference is far off on the tool's token, 8 nats; the response pays 0.1 * (0.5 - 1) = -0.05 and that is all."""
+    batch = packed([[0, 1, 0, 1]], [1.0], old=[[0, -1, -9, -2]], ref=[[0, -1.5, -1, -1]], outside=-8.0)
+    batch = replace(batch, logp_ref_T=torch.where(batch.mask_T, batch.logp_ref_T, 0.0))
+    assert rows_of(kl_per_token(batch), batch) == [[0.0, 0.5, 0.0, -1.0]]
+    close(kl_penalties(batch, 0.1).tolist(), [-0.05])
+
+
+def test_the_divergence_in_the_reward_has_the_name_that_was_asked_for() -> None:
+    """x = 1: k1 is 1, k2 1/2, k3 exp(-1)."""
+    batch = packed([[1]], [0.0], old=[[1.0]], ref=[[0.0]])
+    paid = [-token_rewards(batch, batch.score_S, 1.0, name).item() for name in ("k1", "k2", "k3")]
+    close(paid, [1.0, 0.5, math.exp(-1)])
 
 
 def test_a_penalty_without_a_reference_is_refused() -> None:

@@ -145,7 +145,8 @@ def test_all_mistakes_are_reported_at_once_each_with_its_line(write: Write) -> N
         f"  {path}:3  run: expected a section with settings of its own, got 3",
         f"  {path}:5  algo.clip_lo: unknown setting; did you mean algo.clip_low?",
         f"  {path}:6  algo.lr: unknown setting; did you mean optim.lr?",
-        f"  {path}:7  algo.estimator: expected 'reinforce_pp', 'reinforce_pp_baseline', 'rloo', 'remax', 'grpo', 'dr_grpo' or 'gae', got \"ppo\"",
+        f"  {path}:7  algo.estimator: expected 'reinforce_pp', 'reinforce_pp_baseline', 'rloo', 'remax', 'grpo', 'dr_grpo' or 'gae', "
+        'got "ppo"',
         f"  {path}:8  algo.reward_clip: expected 2 values, got [1]",
         f'  {path}:9  rollout.engines: expected a whole number or null, got "many"',
         f"  {path}:9  rollout.sglang.a: expected a word, a number, true, false or null, got [1]",

@@ -176,7 +176,7 @@ def test_sft_needs_its_own_settings_only_when_it_runs(project: Path, monkeypatch
         (("algo.kl_reward=k3", "algo.kl_reward_coef=0.1"), "k3 is never negative, so it lowers long responses"),
         (("algo.loss=reinforce", "algo.minibatches=2"), "no ratio: from the second of 2 minibatches"),
         (("algo.loss=gspo", "algo.aggregate=seq_mean_token_mean"), "the paper has 3e-4, 4e-4"),
-        (("algo.loss=gspo", "algo.clip_low=3e-4", "algo.clip_high=4e-4"), "aggregate token_mean weighs responses by their length"),
+        (("algo.loss=gspo", "algo.clip_low=3e-4", "algo.clip_high=4e-4"), "algo.aggregate token_mean weighs responses by their length"),
         (("algo.minibatches=3",), "64 prompts do not divide into algo.minibatches 3"),
         (("rollout.prompts_per_step=1", "parallel.dp=8"), "some ranks train on nothing"),
         (("optim.schedule=linear", "optim.warmup_steps=100"), "covers the whole run of 100 optimiser steps"),

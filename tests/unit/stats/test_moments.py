@@ -100,10 +100,49 @@ def test_without_recentring_the_values_are_only_scaled() -> None:
     assert out_T.tolist() == pytest.approx([v / math.sqrt(5) for v in (1, 3, 5, 7)], rel=1e-15)
 
 
+def test_without_rescaling_the_values_stay_and_are_measured_all_the_same() -> None:
+    x_T, mask_T = torch.tensor([1.0, math.nan, 3.0]), torch.tensor([True, False, True])
+    out_T, seen = whiten(x_T, mask_T, sequence_T=torch.zeros(3, dtype=torch.int64), group=None, rescale=False)
+    assert out_T.tolist() == [1.0, 0.0, 3.0]
+    assert (seen.n, seen.mean, seen.variance, out_T.dtype) == (2, 2.0, 1.0, torch.float64)
+
+
+def test_each_domain_is_whitened_by_itself_and_one_without_a_token_is_skipped() -> None:
+    """Domain 0: 1 3, mean 2, variance 1. Domain 2: 10 30 50 masked to 10 30, mean 20, variance 100. Together 1 3 10 30: mean 11."""
+    x_T = torch.tensor([1.0, 10.0, 30.0, 50.0, 3.0])
+    mask_T = torch.tensor([True, True, True, False, True])
+    arguments = {"sequence_T": torch.tensor([0, 1, 1, 1, 2]), "domain_S": torch.tensor([0, 2, 0]), "group": None}
+    out_T, seen = whiten(x_T, mask_T, scope="domain", num_domains=4, **arguments)
+    assert out_T.tolist() == [-1.0, -1.0, 1.0, 0.0, 1.0]
+    assert (seen.n, seen.mean, seen.min, seen.max) == (4, 11.0, 1.0, 30.0)
+    assert [one and (one.n, one.mean, one.variance) for one in seen.domains] == [(2, 2.0, 1.0), None, (2, 20.0, 100.0), None]
+    assert torch.equal(whiten(x_T, mask_T, scope="domain", **arguments)[0], out_T)
+    assert not torch.equal(whiten(x_T, mask_T, **arguments)[0], out_T)
+
+
+def test_domains_over_a_group_need_their_number() -> None:
+    """A rank that lacks the last domain would send a shorter message than the others. Told before anything is sent."""
+    nothing_T, stranger = torch.zeros(0), torch.distributed.ProcessGroup(0, 2)
+    arguments = {"sequence_T": nothing_T.long(), "domain_S": nothing_T.long(), "scope": "domain"}
+    with pytest.raises(ValueError, match="needs domain_S and, over a group, num_domains"):
+        whiten(nothing_T, nothing_T.bool(), group=stranger, **arguments)
+
+
 def test_a_gradient_does_not_pass_through_the_statistics() -> None:
     x_T = torch.tensor([1.0, 3.0], requires_grad=True)
     out_T, _ = whiten(x_T, torch.ones(2, dtype=torch.bool), sequence_T=torch.zeros(2, dtype=torch.int64), group=None)
     assert not out_T.requires_grad
+
+
+@pytest.mark.parametrize("population", ["token", "sample"])
+def test_half_a_step_of_a_large_mean_is_not_lost(population: str) -> None:
+    """1e8, 1e8 + 2^-26 and 1e8 + 2^-25, neighbours in float64: a third of the way between two of them lies no mean of theirs, so
+    a mean of one float would be off by a quarter of a deviation."""
+    values = [1e8, 1e8, 1e8 + 2.0**-26]
+    x_T, every_T = torch.tensor(values, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
+    seen = distributed_moments(x_T, every_T, None, sequence_T=None if population == "token" else torch.arange(3))
+    assert Fraction(seen.mean) + Fraction(seen.mean_tail) == pytest.approx(Fraction(1e8) + Fraction(2) ** -26 / 3, rel=1e-30)
+    assert seen.mean_tail != 0
 
 
 @steady

@@ -1,0 +1,74 @@
+"""The groups of one step: those of the next prompts, or with dynamic sampling those that have something to teach.
+
+A prompt whose responses all have the same raw score says nothing to an estimator that compares them. With
+rollout.keep_groups: informative such groups are left out and other prompts are sampled in their place, until the step has
+rollout.prompts_per_step groups or rollout.max_refills further roll-outs have been made.
+Source: DAPO arXiv 2503.14476 section 3.2. Told by max == min of the raw scores: OpenRLHF's 0 < mean < 1 holds for scores of
+0 and 1 only, and the deviation of equal floats is not 0 (NeMo-RL, slime).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_rpp.config.schema import Rollout
+from megatron_rpp.data.prompts import PromptStream
+from megatron_rpp.types import Group, Prompt
+
+# (prompts, number of the refill, from 0) -> their groups, equal on every rank
+Collect = Callable[[Sequence[Prompt], int], tuple[Group, ...]]
+
+# At most so many prompts are drawn for one that is missing, however few of those before were informative.
+MAX_OVERDRAW = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """kept: what the step trains on. sampled: all groups of the step, those left out among them. refills: roll-outs after the first."""
+
+    kept: tuple[Group, ...]
+    sampled: tuple[Group, ...]
+    refills: int
+
+    @property
+    def informative_frac(self) -> float:
+        """Sampled groups whose scores differ."""
+        return sum(map(is_informative, self.sampled)) / len(self.sampled)
+
+
+def is_informative(group: Group) -> bool:
+    """Whether the raw scores of a prompt's responses differ."""
+    scores = [response.score for response in group.responses]
+    return max(scores) > min(scores)
+
+
+def draw(prompts: PromptStream, collect: Collect, rollout: Rollout, *, least: int) -> Drawn:
+    """Sample the groups of one step. Every rank calls this and comes to the same answer.
+
+    A refill draws as many prompts as are missing, divided by the fraction that was informative so far; a prompt that the step
+    has drawn already is not drawn again. What a last refill brings too much is left out.
+    least: groups the step cannot do without (one for each minibatch). Where the cap leaves fewer, groups without a difference
+    fill up: an estimator that compares them learns nothing from those, and the run goes on.
+    """
+    wanted = rollout.prompts_per_step
+    sampled = list(collect(prompts.take(wanted), 0))
+    if rollout.keep_groups == "all":
+        return Drawn(tuple(sampled), tuple(sampled), 0)
+    kept, refills = [group for group in sampled if is_informative(group)], 0
+    while len(kept) < wanted and refills < rollout.max_refills:
+        seen = {group.prompt.uid for group in sampled}
+        missing = wanted - len(kept)
+        share = max(len(kept) / len(sampled), 1 / MAX_OVERDRAW)
+        taken = prompts.take(min(math.ceil(missing / share), wanted, len(prompts)))
+        fresh = [prompt for prompt in taken if prompt.uid not in seen]
+        if not fresh:
+            break  # the whole set has been drawn
+        refills += 1
+        groups = collect(fresh, refills)
+        sampled += groups
+        kept += [group for group in groups if is_informative(group)]
+    others = [group for group in sampled if not is_informative(group)]
+    kept += others[: max(0, least - len(kept))]
+    return Drawn(tuple(kept[:wanted]), tuple(sampled), refills)

@@ -1,0 +1,143 @@
+"""Credit over ranks: whatever the settings, a batch that is split gets the bits that it gets on one rank."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rpp.config.schema import Algo, Config, Correction, Data, Model, Reward, Rollout, Stats
+from megatron_rpp.credit import Credit, Credited
+from megatron_rpp.data.packing import assign_ranks, pack_groups, token_index
+from megatron_rpp.dist.groups import Groups
+from megatron_rpp.dist.layout import Coords
+from megatron_rpp.errors import NumericsError
+from megatron_rpp.types import Group, PackedBatch, Prompt, Response
+from tests.dist.ranks import run_ranks
+
+RANKS, MAX_TOKENS = 3, 12
+
+CASES: dict[str, dict[str, Any]] = {
+    "rloo, its KL in the score": {"algo": Algo(estimator="rloo", kl_reward_coef=0.3)},
+    "remax": {"algo": Algo(estimator="remax", kl_reward_coef=0.1)},
+    "grpo, deviation of the batch": {"algo": Algo(estimator="grpo", grpo_std="batch")},
+    "gae": {"algo": Algo(estimator="gae", kl_reward_coef=0.1, gae_length_alpha=0.2)},
+    "reinforce_pp by domain": {"algo": Algo(estimator="reinforce_pp", kl_reward_coef=0.1), "stats": Stats(scope="domain")},
+    "rloo without truncated": {"algo": Algo(estimator="rloo", kl_reward_coef=0.3, filter_truncated=True)},
+    "baseline without truncated": {"algo": Algo(filter_truncated=True), "reward": Reward(overlong_frac=0.5, truncated_coef=0.5)},
+    "baseline, mis": {"algo": Algo(), "correction": Correction(kind="mis", level="token", low=0.8, high=1.3, veto=0.57)},
+    "dr_grpo, tis": {"algo": Algo(estimator="dr_grpo"), "correction": Correction(kind="tis", level="geometric", high=0.75)},
+}
+
+
+def make_config(case: str) -> Config:
+    rollout = Rollout(max_response_tokens=MAX_TOKENS)
+    return Config(model=Model(hf=Path("none")), data=Data(train=Path("none")), rollout=rollout, **CASES[case])
+
+
+def make_groups() -> tuple[Group, ...]:
+    """Two domains, groups of 2 and 3, lengths from 1 to the limit, some truncated, and a greedy response to each prompt."""
+    draw = random.Random(7)
+
+    def response(prompt: Prompt, sample: int) -> Response:
+        length = draw.randint(1, MAX_TOKENS)
+        reason = "length" if length == MAX_TOKENS or draw.random() < 0.2 else "stop"
+        logp = tuple(-draw.random() for _ in range(length))
+        return Response(prompt.uid, sample, (5,) * length, logp, "", reason, 0, score=draw.choice([0.0, 0.5, 1.0, 7.0]))
+
+    prompts = [Prompt(f"p{n}", (1,) * (n % 3 + 1), "", "", domain="ab"[n % 2]) for n in range(7)]
+    return tuple(Group(p, tuple(response(p, n) for n in range(2 + p.domain.count("b"))), response(p, 9)) for p in prompts)
+
+
+def with_models(batch: PackedBatch) -> PackedBatch:
+    """Log-probabilities and values that depend on the token's own numbers alone, hence not on how it is packed."""
+    old_T = torch.where(batch.mask_T, batch.logp_rollout_T * 1.6, torch.nan)
+    ref_T = torch.where(batch.mask_T, batch.logp_rollout_T.sin(), torch.nan)
+    return batch.with_logp(old=old_T, ref=ref_T, value=batch.logp_rollout_T.cos())
+
+
+def _assign(case: str, groups: Groups, dp_rank: int, dp_size: int) -> Credited:
+    cfg, groups_P = make_config(case), make_groups()
+    batch = with_models(pack_groups(groups_P, dp_rank, dp_size))
+    return Credit(cfg, groups, deadline_s=20).assign(batch, groups_P, cfg.algo)
+
+
+def _both(rank: int) -> dict[str, tuple[Credited, Credited]]:
+    """Split over all ranks; and everything on this one."""
+    from torch import distributed as dist
+
+    everyone = dist.group.WORLD
+    alone = [dist.new_group([one]) for one in range(RANKS)][rank]
+
+    def groups(world: Any, dp: int) -> Groups:
+        coords = Coords(tp=0, cp=0, dp=dp, pp=0)
+        return Groups(coords, world, world, dp=world, dp_cp=world, tp=alone, cp=alone, pp=alone, model=alone)
+
+    return {case: (_assign(case, groups(everyone, rank), rank, RANKS), _assign(case, groups(alone, 0), 0, 1)) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[dict[str, tuple[Credited, Credited]]]:
+    return run_ranks(RANKS, _both, timeout_s=120)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_split_batch_gets_the_bits_of_the_whole(case: str, answers: list[dict[str, tuple[Credited, Credited]]]) -> None:
+    owners = assign_ranks(make_groups(), RANKS)
+    for rank in range(RANKS):
+        share, whole = answers[rank][case]
+        index = token_index(whole.batch.cu_len_S1, [number for number, owner in enumerate(owners) if owner == rank])
+        assert torch.equal(share.adv_T, whole.adv_T[index])
+        assert torch.equal(share.batch.mask_T, whole.batch.mask_T[index])
+        assert (share.return_T is None) == (whole.return_T is None)
+        assert share.return_T is None or torch.equal(share.return_T, whole.return_T[index])
+        if share.batch.weight_T is not None:
+            assert torch.equal(share.batch.weight_T, whole.batch.weight_T[index])
+        assert share.metrics == pytest.approx(whole.metrics, rel=1e-12, nan_ok=False)
+        assert share.metrics == answers[0][case][0].metrics
+
+
+def test_the_cases_do_what_they_are_named_after(answers: list[dict[str, tuple[Credited, Credited]]]) -> None:
+    whole = {case: pair[1] for case, pair in answers[0].items()}
+    plain = with_models(pack_groups(make_groups(), 0, 1)).mask_T
+    assert whole["baseline without truncated"].batch.mask_T.sum() < plain.sum()
+    assert whole["baseline, mis"].batch.mask_T.sum() < plain.sum()
+    assert 0 < whole["baseline, mis"].metrics["correction/kept_frac"] < 1
+    assert torch.equal(whole["dr_grpo, tis"].batch.mask_T, plain)
+    assert whole["dr_grpo, tis"].batch.weight_T.max() <= 0.75 + 1e-6
+    assert whole["gae"].return_T is not None
+    assert len({case for case, one in whole.items() if one.metrics["adv/abs_max"] > 0}) == len(CASES)
+
+
+def test_rejected_tokens_stay_in_the_statistics_and_leave_the_loss(answers: list[dict[str, tuple[Credited, Credited]]]) -> None:
+    rejected = answers[0]["baseline, mis"][1]
+    plain = with_models(pack_groups(make_groups(), 0, 1))
+    assert rejected.metrics["adv/population_size"] == float(plain.mask_T.sum())
+    assert (rejected.adv_T[plain.mask_T & ~rejected.batch.mask_T] != 0).any()
+
+
+def _spoiled(rank: int) -> str:
+    from torch import distributed as dist
+
+    world = dist.group.WORLD
+    alone = [dist.new_group([one]) for one in range(2)][rank]
+    groups = Groups(Coords(0, 0, rank, 0), world, world, dp=world, dp_cp=world, tp=alone, cp=alone, pp=alone, model=alone)
+    cfg, groups_P = make_config("remax"), make_groups()
+    batch = with_models(pack_groups(groups_P, rank, 2))
+    if rank == 1:
+        batch = replace(batch, logp_old_T=torch.where(batch.mask_T, torch.inf, batch.logp_old_T))
+    try:
+        Credit(cfg, groups, deadline_s=20).assign(batch, groups_P, cfg.algo)
+    except NumericsError as error:
+        return str(error)
+    return ""
+
+
+def test_a_value_that_is_not_finite_on_one_rank_is_the_same_error_on_all() -> None:
+    mine, other = run_ranks(2, _spoiled, timeout_s=60)
+    assert mine == other
+    assert "rank 1" in mine
