@@ -143,8 +143,9 @@ def record_patches(process: Process, engine_reports: Sequence[dict[str, Any]] = 
 def open_policy(
     process: Process, *, cfg: Config | None = None, trainable: bool = True, hf: Path | None = None, total_steps: int | None = None
 ) -> tuple[Policy, LiveWeights]:
-    """A Megatron model with the weights of an HF directory, and its parameters bound to the mapping. Collective.
+    """A Megatron model with its weights, and its parameters bound to the mapping. Collective.
 
+    Weights are those of an HF directory; of model.hf, those of model.megatron_checkpoint where one is set.
     cfg: another configuration than the process's. hf: default model.hf. total_steps: see Policy.from_config.
     Raises: ConfigError, GeometryError, CheckpointError; on every rank when it happens on one.
     """
@@ -154,6 +155,10 @@ def open_policy(
     live = live_weights(
         describe(read_json(hf / "config.json")), policy.named_local(), process.groups, dtype=policy.dtype, deadline_s=process.deadline_s
     )
-    process.together(f"load {hf}", lambda: fill(live, open_hf(hf)), here=True)
-    policy.weights_changed()
+    checkpoint = cfg.model.megatron_checkpoint
+    if checkpoint is not None and hf == cfg.model.hf:
+        policy.load_weights(checkpoint)
+    else:
+        process.together(f"load {hf}", lambda: fill(live, open_hf(hf)), here=True)
+        policy.weights_changed()
     return policy, live
