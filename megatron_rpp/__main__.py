@@ -28,6 +28,8 @@ _RUN_COMMANDS = {
     "eval": "accuracy of model.hf on data.eval",
 }
 
+_ROLLOUT_DTYPES = {"model": "{0}, as the model", "fp8_block": "matrices in E4M3, blocks of 128 x 128; the rest in {0}"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code of the process. An error that a user can act on is one message, without a traceback."""
@@ -171,6 +173,7 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     cfg, checked = _load(options)
     print(f"{options.config}: every setting holds")
     print(f"  {'model':30} {checked.hf.model_type}, {checked.hf.num_parameters:,} parameters, {cfg.model.dtype}")
+    print(f"  {'roll-out':30} {_ROLLOUT_DTYPES[cfg.rollout.dtype].format(cfg.model.dtype)}")
     for name, value in asdict(checked.geometry).items():
         print(f"  {name.replace('_', ' '):30} {' to '.join(map(str, value)) if isinstance(value, tuple) else value}")
     _print_warnings(checked)

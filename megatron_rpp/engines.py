@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+
+from megatron_rpp import engine_dir
 from megatron_rpp.config.schema import Config
 from megatron_rpp.delivery import DirectPath, GatherPath, WeightPath
-from megatron_rpp.dist.collectives import broadcast_object
+from megatron_rpp.dist.collectives import broadcast_object, gather_objects
+from megatron_rpp.dist.groups import host_group
 from megatron_rpp.dist.layout import EngineGroup, engine_group, engine_groups, num_engines
+from megatron_rpp.errors import ConfigError, RppError
 from megatron_rpp.process import Process, record_patches
 from megatron_rpp.reward.pool import RewardPool
 from megatron_rpp.rollout.engine import Engine
@@ -17,6 +22,11 @@ from megatron_rpp.rollout.generate import RolloutLimits, Rollouts
 from megatron_rpp.rollout.ledger import Ledger
 from megatron_rpp.rollout.queue import WorkQueue, open_store
 from megatron_rpp.rollout.settings import EngineSettings
+from megatron_rpp.weights.devices import best_devices, kept_bytes, planned_layout
+from megatron_rpp.weights.families.parameter import Model
+from megatron_rpp.weights.families.registry import describe
+from megatron_rpp.weights.fp8 import Fp8Pair
+from megatron_rpp.weights.hf_io import read_json
 from megatron_rpp.weights.live import LiveWeights
 from megatron_rpp.weights.sglang_layout import SGLangLayout
 
@@ -25,19 +35,24 @@ Detokenise = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """What this rank has for roll-outs. engine and pool: None on a rank that leads no engine. groups: of all engines."""
+    """What this rank has for roll-outs. engine and pool: None on a rank that leads no engine. groups: of all engines.
+
+    places: for every engine rank, engine by engine, the trainer rank on whose GPU it runs.
+    """
 
     rollouts: Rollouts
     engine: Engine | None
     pool: RewardPool | None
     groups: tuple[EngineGroup, ...]
+    places: tuple[int, ...]
 
 
 @contextmanager
-def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_tokens: int) -> Iterator[Sampler]:
+def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_tokens: int, reads_weights: bool = False) -> Iterator[Sampler]:
     """Start this rank's engine and reward workers, if it leads an engine group; all end with the block.
 
     Returns at once, while the engines are still loading: call `await_engines` before the first use.
+    reads_weights: the engines sample with the weights of model.hf, not with some that are sent to them.
     Raises: RppError, on every rank when it happens on one.
     """
     cfg, groups = process.cfg, process.groups
@@ -45,11 +60,14 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
     all_groups = engine_groups(cfg.rollout.tp, count)
     mine = engine_group(groups.rank, cfg.rollout.tp, count)
     leads = mine is not None and mine.leader == groups.rank
+    places = _agree_on_places(process, all_groups, mine if leads else None)
+    if cfg.rollout.dtype == "fp8_block":
+        _write_engine_dir(process, with_weights=reads_weights)
     with ExitStack() as stack:
         parts: dict[str, object] = {}
 
         def start() -> None:
-            settings = engine_settings(cfg, process, index=mine.index, count=count, max_sequence_tokens=max_sequence_tokens)
+            settings = engine_settings(cfg, process, mine, places, max_sequence_tokens=max_sequence_tokens, reads_weights=reads_weights)
             parts["engine"] = stack.enter_context(Engine.launch(settings, log=process.dir.logs / f"engine-{mine.index}.log"))
             pool = RewardPool(cfg.reward.name, cfg.reward.timeout_s, cfg.reward.num_workers, failed_score=cfg.reward.failed_score)
             parts["pool"] = stack.enter_context(pool)
@@ -59,7 +77,7 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
         queue = _open_queue(process, tuple(group.leader for group in all_groups), mine.index if leads else None)
         limits = RolloutLimits(total_s=cfg.rollout.deadline_s, quiet_s=cfg.run.deadline_s)
         rollouts = Rollouts(parts.get("engine"), queue, seed=cfg.run.seed, detokenise=detokenise, ledger=parts.get("ledger"), limits=limits)
-        yield Sampler(rollouts, parts.get("engine"), parts.get("pool"), all_groups)
+        yield Sampler(rollouts, parts.get("engine"), parts.get("pool"), all_groups, places)
 
 
 def await_engines(process: Process, sampler: Sampler, *, version: int | None = None) -> None:
@@ -74,49 +92,115 @@ def await_engines(process: Process, sampler: Sampler, *, version: int | None = N
         sampler.engine.await_ready(start_s, version=version, on_progress=lambda line: process.log.say(f"        {line}"))
 
     process.together("wait for the engines", wait, here=sampler.engine is not None, longest_s=start_s)
+    record_engines(process, sampler)
+
+
+def record_engines(process: Process, sampler: Sampler) -> None:
+    """Note the patches of the processes of every engine, as they now run. Collective. Raises: PatchError."""
     record_patches(process, sampler.engine.info.reports if sampler.engine is not None else ())
 
 
 def open_path(process: Process, live: LiveWeights, sampler: Sampler) -> WeightPath:
     """The path of the policy's weights into the engines that weights.path asks for.
 
-    Raises: ConfigError or GeometryError for a model or an engine layout that the direct path does not describe.
+    Raises: ConfigError or GeometryError for a model that SGLang cannot run, or an engine layout that the direct path does not describe.
     """
     cfg, groups = process.cfg, sampler.groups
+    if live.layout.model.not_in_engine:
+        raise ConfigError(live.layout.model.not_in_engine, where="rollout")
+    is_fp8 = cfg.rollout.dtype == "fp8_block"
     limits = {"bucket_bytes": cfg.weights.bucket_mib * 2**20, "deadline_s": process.deadline_s}
     if cfg.weights.path == "gather":
-        return GatherPath(live, sampler.engine, tuple(group.leader for group in groups), **limits)
-    target = SGLangLayout(
-        live.layout.model,
+        return GatherPath(live, sampler.engine, tuple(group.leader for group in groups), is_fp8=is_fp8, **limits)
+    target = engine_layout(cfg, live.layout.model, live.layout.dtype, sampler.places)
+    mine = engine_group(process.groups.rank, cfg.rollout.tp, len(groups))
+    _report_places(process, live, target, mine)
+    peers = host_group([group.ranks for group in groups])
+    fp8 = Fp8Pair.of(live.layout, target, live.layout.model.hf_shapes) if is_fp8 else None
+    return DirectPath(live, sampler.engine, mine, target, peers=peers, fp8=fp8, warn=process.log.warn, **limits)
+
+
+def engine_layout(cfg: Config, model: Model, dtype: torch.dtype, places: tuple[int, ...]) -> SGLangLayout:
+    """Who keeps what in the engines of a run. places: as in Sampler. Raises: ConfigError, GeometryError."""
+    return SGLangLayout(
+        model,
         tp=cfg.rollout.tp,
-        dtype=live.layout.dtype,
+        dtype=dtype,
         ep=int(cfg.rollout.sglang.get("ep_size") or 1),
         attn_dp=int(cfg.rollout.sglang.get("attn_dp_size") or 1),
-        engines=len(groups),
-        places=tuple(rank for group in groups for rank in group.ranks),
+        engines=len(places) // cfg.rollout.tp,
+        places=places,
     )
-    mine = engine_group(process.groups.rank, cfg.rollout.tp, len(groups))
-    return DirectPath(live, sampler.engine, mine, target, **limits)
 
 
-def engine_settings(cfg: Config, process: Process, *, index: int, count: int, max_sequence_tokens: int) -> EngineSettings:
-    """What engine `index` of `count` is started with."""
-    world = process.world
-    per_host = max(1, world.local_size // cfg.rollout.tp)
+def places_of(cfg: Config, group: EngineGroup, count: int) -> tuple[int, ...]:
+    """For each rank of one of `count` engines the trainer rank of its group on whose GPU it finds most of its weights."""
+    if cfg.weights.path == "gather":
+        return group.ranks
+    dtype = getattr(torch, cfg.model.dtype)
+    try:
+        model = describe(read_json(cfg.model.hf / "config.json"))
+        everyone = engine_layout(cfg, model, dtype, tuple(range(count * cfg.rollout.tp)))
+        return best_devices(planned_layout(model, cfg.parallel, dtype), everyone, engine=group.ranks)
+    except RppError:
+        return group.ranks  # `open_path`, or the policy, refuses what does not fit, and it knows more
+
+
+def _agree_on_places(process: Process, groups: tuple[EngineGroup, ...], led: EngineGroup | None) -> tuple[int, ...]:
+    """Each leader works out the order of its engine; all ranks know all orders."""
+    mine = places_of(process.cfg, led, len(groups)) if led is not None else ()
+    found = gather_objects(mine, process.groups.world_cpu, name="places of the engines", deadline_s=process.deadline_s)
+    return tuple(rank for places in found for rank in places)
+
+
+def _report_places(process: Process, live: LiveWeights, target: SGLangLayout, mine: EngineGroup | None) -> None:
+    """Say how much of the weights need not travel, and how much the order of the engines' ranks adds to that."""
+    leads = mine is not None and mine.leader == process.groups.rank
+    plain = replace(target, places=tuple(sorted(target.places)))
+    counts = [kept_bytes(live.layout, layout, mine.ranks) for layout in (target, plain)] if leads else None
+    found = gather_objects(counts, process.groups.world_cpu, name="bytes that stay", deadline_s=process.deadline_s)
+    if process.is_first:
+        ours, plain_ones = zip(*(counts for counts in found if counts), strict=True)
+        kept, total, before = sum(kept for kept, _ in ours), sum(total for _, total in ours), sum(kept for kept, _ in plain_ones)
+        order = "" if kept == before else f", {kept - before} of them by the order of the engines' ranks"
+        process.log.say(f"        weights: {kept} of {total} bytes stay on their GPU at each update{order}")
+
+
+def _write_engine_dir(process: Process, *, with_weights: bool) -> None:
+    """The directory of the engines in FP8, by the first rank for all of them. Collective."""
+    cfg, folder = process.cfg, process.dir.path / engine_dir.FOLDER
+    dtype = getattr(torch, cfg.model.dtype)
+    process.together(
+        f"write {folder}",
+        lambda: engine_dir.write_engine_dir(folder, cfg.model.hf, dtype=dtype, with_weights=with_weights),
+        here=process.is_first,
+        longest_s=cfg.rollout.start_deadline_s,
+    )
+
+
+def engine_settings(
+    cfg: Config, process: Process, group: EngineGroup, places: tuple[int, ...], *, max_sequence_tokens: int, reads_weights: bool = False
+) -> EngineSettings:
+    """What the engine of a group is started with. places: as in Sampler. reads_weights: as in open_engines."""
+    world, tp, is_fp8 = process.world, cfg.rollout.tp, cfg.rollout.dtype == "fp8_block"
+    index, count = group.index, len(places) // tp
+    per_host = max(1, world.local_size // tp)
     is_cuda = process.device.type == "cuda"
-    first_gpu = world.local_rank
+    capability = torch.cuda.get_device_capability(process.device)[0] if is_cuda else None
+    fp8_args = engine_dir.server_args(reads_weights=reads_weights, capability=capability) if is_fp8 else {}
+    own = places[index * tp : (index + 1) * tp]
     return EngineSettings(
-        hf=str(cfg.model.hf),
+        hf=str((process.dir.path / engine_dir.FOLDER).absolute() if is_fp8 else cfg.model.hf),
         dtype=cfg.model.dtype,
         device="cuda" if is_cuda else "cpu",
-        tp=cfg.rollout.tp,
+        tp=tp,
         slot=index % per_host,
         slots_on_host=min(count, per_host),
-        gpu_ids=tuple(range(first_gpu, first_gpu + cfg.rollout.tp)) if is_cuda else (),
+        gpu_ids=group.local_ids(own, local_rank=world.local_rank) if is_cuda else (),
         max_concurrent=cfg.rollout.max_concurrent,
         max_sequence_tokens=max_sequence_tokens,
         seed=cfg.run.seed,
-        sglang=cfg.rollout.sglang,
+        sglang=fp8_args | cfg.rollout.sglang,
     )
 
 

@@ -40,9 +40,11 @@ class Colocated:
         deadline_s: float,
         start_deadline_s: float = 600.0,
         warn: Callable[[str], None] = lambda text: None,
+        on_restart: Callable[[], None] = lambda: None,
     ) -> None:
+        """on_restart: called on every rank once the engines run anew; it may be collective."""
         self._groups, self._deadline_s, self._start_s, self._warn = groups, deadline_s, start_deadline_s, warn
-        self._trained, self._engine, self._path = trained, engine, path
+        self._trained, self._engine, self._path, self._on_restart = trained, engine, path, on_restart
         self._phase: Phase = "idle"
         self.version = -1  # what every engine holds; -1 before the first publish
 
@@ -91,6 +93,7 @@ class Colocated:
             if failures and self.version >= 0 and {failure.kind for failure in failures} <= _MENDED_BY_A_RESTART:
                 self._warn(f"{failures[0].as_error(f'publish version {version}')}\n  starting the engines anew, once")
                 self._on_engine("start the engines anew", lambda engine: engine.restart(self._start_s), longest_s=self._start_s)
+                self._on_restart()
                 error, failures = self._send(version)
             if failures:
                 raise error or failures[0].as_error(f"publish version {version}")

@@ -146,15 +146,17 @@ def record_patches(process: Process, engine_reports: Sequence[dict[str, Any]] = 
 def open_policy(
     process: Process, *, cfg: Config | None = None, trainable: bool = True, hf: Path | None = None, total_steps: int | None = None
 ) -> tuple[Policy, LiveWeights]:
-    """A Megatron model with the weights of an HF directory, and its parameters bound to the mapping. Collective.
+    """A Megatron model with its weights, and its parameters bound to the mapping. Collective.
 
+    Weights are those of an HF directory; of model.hf, those of model.megatron_checkpoint where one is set.
     cfg: another configuration than the process's. hf: default model.hf. total_steps: see Policy.from_config.
     Raises: ConfigError, GeometryError, CheckpointError; on every rank when it happens on one.
     """
     cfg = cfg or process.cfg
     hf = hf or cfg.model.hf
     policy = Policy.from_config(cfg, process.groups, trainable=trainable, hf_dir=hf, total_steps=total_steps)
-    return policy, _load(process, policy, describe(read_json(hf / "config.json")), hf)
+    checkpoint = cfg.model.megatron_checkpoint if hf == cfg.model.hf else None
+    return policy, _load(process, policy, describe(read_json(hf / "config.json")), hf, checkpoint=checkpoint)
 
 
 def open_critic(process: Process) -> Critic:
@@ -165,9 +167,12 @@ def open_critic(process: Process) -> Critic:
     return critic
 
 
-def _load(process: Process, model: MegatronModel, description: Model, hf: Path) -> LiveWeights:
-    """Bind a model's parameters to the mapping, and fill them from an HF directory."""
+def _load(process: Process, model: MegatronModel, description: Model, hf: Path, *, checkpoint: Path | None = None) -> LiveWeights:
+    """Bind a model's parameters to the mapping, and fill them from an HF directory, or from a Megatron checkpoint."""
     live = live_weights(description, model.named_local(), process.groups, dtype=model.dtype, deadline_s=process.deadline_s)
-    process.together(f"load {hf}", lambda: fill(live, open_hf(hf)), here=True)
-    model.weights_changed()
+    if checkpoint is not None:
+        model.load_weights(checkpoint)
+    else:
+        process.together(f"load {hf}", lambda: fill(live, open_hf(hf)), here=True)
+        model.weights_changed()
     return live

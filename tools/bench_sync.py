@@ -1,12 +1,15 @@
 """Time two ways of giving new weights to an engine, in one run: shard to shard, and by way of whole tensors on a leader.
 
-    python tools/bench_sync.py [--megabytes N] [--repeats N] [--bucket-mib N]
+    python tools/bench_sync.py [--megabytes N] [--repeats N] [--bucket-mib N] [--path all-gather]
 
 Four gloo processes hold a Llama trained at TP2 x PP2; the engine is SGLang's TP4 on the same processes, in the order that
 keeps most bytes where they are. `direct` carries out a plan between the two layouts. `gather` is what an engine needs that
 takes whole Hugging Face tensors: the leader receives them, lays them in shared memory, and every engine rank cuts its own
 part out. Both are checked bitwise, timed in turn, from a barrier to a barrier. Prints a JSON object and one line for people;
 exit status 1 when the contents are wrong.
+
+With `--path all-gather` the policy is trained at PP4 and every process is an engine of its own, so that each stage sends the
+same to all others: `direct`, which packs a message for each of them, against one all-gather for each bucket, packed once.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rpp.rollout.memory import Outbox, unpack
+from megatron_rpp.weights.buckets import Transfer
 from megatron_rpp.weights.devices import Permuted, best_devices
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import describe
@@ -46,7 +50,7 @@ def model_of(megabytes: float) -> Model:
     """A Llama of at least so many megabytes (10^6 bytes) in bfloat16: as many layers as that takes."""
     config: dict[str, Any] = {
         "model_type": "llama",
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 4,
         "hidden_size": 1024,
         "intermediate_size": 2816,
         "num_attention_heads": 16,
@@ -54,7 +58,7 @@ def model_of(megabytes: float) -> Model:
         "vocab_size": 16000,
     }
     while num_bytes(model := describe(config)) < megabytes * 1e6:
-        config["num_hidden_layers"] += 2  # two stages
+        config["num_hidden_layers"] += 4  # at most four stages
     return model
 
 
@@ -75,10 +79,13 @@ class Setting:
     bucket_bytes: int
 
     @classmethod
-    def of(cls, rank: int, megabytes: float, bucket_bytes: int) -> Setting:
+    def of(cls, rank: int, megabytes: float, bucket_bytes: int, path: str) -> Setting:
         model = model_of(megabytes)
-        src, engine = MegatronLayout.even(model, tp=2, pp=2, dtype=DTYPE), SGLangLayout(model, RANKS, DTYPE)
-        dst = Permuted(engine, best_devices(src, engine, engine=tuple(range(RANKS))))
+        if path == "all-gather":
+            src, dst = MegatronLayout.even(model, pp=RANKS, dtype=DTYPE), SGLangLayout(model, 1, DTYPE, engines=RANKS)
+        else:
+            src, engine = MegatronLayout.even(model, tp=2, pp=2, dtype=DTYPE), SGLangLayout(model, RANKS, DTYPE)
+            dst = Permuted(engine, best_devices(src, engine, engine=tuple(range(RANKS))))
         sources = {local.name: torch.zeros(local.shape, dtype=DTYPE) for local in src.locals(rank)}
         targets = {local.name: torch.zeros(local.shape, dtype=DTYPE) for local in dst.locals(rank)}
         fill(src, rank, sources)
@@ -94,6 +101,40 @@ class Setting:
                 with delivery:
                     for transfer, values in delivery.parts:
                         view(self.targets[transfer.dst_local], transfer.dst_piece, transfer.rect).copy_(values)
+
+        return run
+
+    def all_gather(self) -> Callable[[], None]:
+        """What every stage holds of a bucket to all ranks at once; the next one is packed meanwhile, as in `direct`."""
+        agreed = plan(self.src, self.dst, bucket_bytes=self.bucket_bytes)
+        mine = [bucket.between(self.rank, (self.rank + 1) % RANKS) for bucket in agreed.buckets]
+        longest = max(bucket.message_bytes(src, (src + 1) % RANKS) for bucket in agreed.buckets for src in range(RANKS))
+        packed = [torch.empty(longest, dtype=torch.uint8) for _ in range(2)]
+        arrived = torch.empty(RANKS * longest, dtype=torch.uint8)
+
+        def part(flat: Tensor, at: int, transfer: Transfer) -> Tensor:
+            return flat[at : at + transfer.num_bytes].view(transfer.dtype).view(transfer.rect.rows, transfer.rect.cols)
+
+        def pack(number: int) -> Tensor:
+            at = 0
+            for transfer in mine[number]:
+                source = view(self.sources[transfer.src_local], transfer.src_piece, transfer.rect)
+                part(packed[number % 2], at, transfer).copy_(source)
+                at += transfer.num_bytes
+            return packed[number % 2]
+
+        def run() -> None:
+            ready = pack(0)
+            for number, bucket in enumerate(agreed.buckets):
+                work = dist.all_gather(list(arrived.chunk(RANKS)), ready, async_op=True)
+                ready = pack(number + 1) if number + 1 < len(mine) else ready
+                work.wait()
+                for src in range(RANKS):
+                    at = src * longest
+                    # A stage's own come around too, in the order in which it sent them.
+                    for transfer in mine[number] if src == self.rank else bucket.between(src, self.rank):
+                        view(self.targets[transfer.dst_local], transfer.dst_piece, transfer.rect).copy_(part(arrived, at, transfer))
+                        at += transfer.num_bytes
 
         return run
 
@@ -143,8 +184,9 @@ def work(rank: int, folder: str, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=DEADLINE_S))
-    setting = Setting.of(rank, options.megabytes, options.bucket_mib * 2**20)
-    ways: Ways = {"direct": setting.direct(), "gather": setting.gather()}
+    setting = Setting.of(rank, options.megabytes, options.bucket_mib * 2**20, options.path)
+    other = setting.all_gather() if options.path == "all-gather" else setting.gather()
+    ways: Ways = {"direct": setting.direct(), options.path: other}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
         for repeat in range(options.repeats + 1):
@@ -170,6 +212,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=float, default=256.0, help="size of the model in bfloat16, 10^6 bytes")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each way; the median counts")
     parser.add_argument("--bucket-mib", type=int, default=BUCKET_BYTES // 2**20)
+    parser.add_argument("--path", choices=("gather", "all-gather"), default="gather", help="what the direct path is timed against")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="bench-sync-") as folder:
@@ -183,9 +226,11 @@ def main() -> int:
             return 1
         seconds = json.loads(Path(folder, "seconds.json").read_text())
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    ratio, size = median["gather"] / median["direct"], num_bytes(model_of(options.megabytes)) / 1e6
+    ratio, size = median[options.path] / median["direct"], num_bytes(model_of(options.megabytes)) / 1e6
     print(json.dumps({"megabytes": size, "bucket_mib": options.bucket_mib, "median_s": median, "seconds": seconds, "ratio": ratio}))
-    print(f"{size:.0f} MB, TP2 x PP2 -> TP4: direct {median['direct']:.3f} s, gather {median['gather']:.3f} s, {ratio:.1f} times faster")
+    layouts = "PP4 -> 4 engines" if options.path == "all-gather" else "TP2 x PP2 -> TP4"
+    times = f"direct {median['direct']:.3f} s, {options.path} {median[options.path]:.3f} s, {ratio:.1f} times as long"
+    print(f"{size:.0f} MB, {layouts}: {times}")
     return 0
 
 

@@ -1,16 +1,20 @@
 """Plan the way of the weights from a training layout to engines, carry it out in this process, compare every bit.
 
     python tools/check_reshard.py --hf-config examples/models/qwen3-32b.json --src tp=8,pp=4 --dst tp=8 --bytes-only
-    python tools/check_reshard.py --matrix
+    python tools/check_reshard.py --matrix [--fp8]
 
 --src  tp, pp, vpp, ep, etp and dp of the trainer. dp is as small as the rest allows where it is left out. Where the layers do not
        divide by pp, later stages have one more.
 --dst  tp, ep, attn_dp of each engine; there are as many engines as fit on the trainer's ranks.
 --bytes-only  plans without tensors, for models that do not fit here.
 --matrix      small dense models and mixtures of experts in every combination of a table of splits, and a last line with counts.
+--fp8         engines in block FP8. A tensor that the trainer holds in whole blocks of 128 x 128 travels as one byte an element and
+              its scales; any other as it is, to be quantised where it arrives. Compared with quantising whole tensors. Pairs whose
+              engine cuts inside a block are refused.
 
 Prints one JSON line a pair: bytes_moved between GPUs; lower_bound, what every GPU needs and does not hold already; their ratio;
-max_rank_bytes, the most that one GPU receives; plan_s, seconds that one rank takes to plan (without --bytes-only: all ranks).
+max_rank_bytes, the most that one GPU receives; plan_s, seconds that one rank takes to plan (without --bytes-only: all ranks);
+with --fp8 wide_tensors, how many of the HF tensors that the engines keep in FP8 cannot be quantised where they lie.
 Exit status 1 when a pair is not equal or moves more than the lower bound, 2 when the question makes no sense.
 """
 
@@ -22,20 +26,25 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_rpp.errors import ConfigError, RppError
+from megatron_rpp.errors import ConfigError, GeometryError, RppError
+from megatron_rpp.weights.buckets import Transfer
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import describe
+from megatron_rpp.weights.fp8 import Fp8Pair, Fp8Source, Fp8Target, Fp8Tensors, Narrowing, final_locals
 from megatron_rpp.weights.hf_io import read_json
 from megatron_rpp.weights.layout import VOCAB_MULTIPLE, Layout, MegatronLayout, pad_vocab
 from megatron_rpp.weights.planner import BUCKET_BYTES, Plan, plan
-from megatron_rpp.weights.rect import Rect, view
+from megatron_rpp.weights.quantise import DTYPE as E4M3
+from megatron_rpp.weights.quantise import SCALE_ENDING, is_quantised, quantise
+from megatron_rpp.weights.rect import Local, Rect, view
 from megatron_rpp.weights.sglang_layout import SGLangLayout
 
 SRC_KEYS, DST_KEYS = ("tp", "pp", "vpp", "ep", "etp", "dp"), ("tp", "ep", "attn_dp")
@@ -56,6 +65,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v2, whole query": dict(_DEEPSEEK, model_type="deepseek_v2", q_lora_rank=None),
     "deepseek_v3": dict(_DEEPSEEK, model_type="deepseek_v3"),
 }
+# With --fp8: wide enough for blocks, and narrow enough that some splits still cut inside one, on either side.
+_FP8_SIZES = dict(hidden_size=128, intermediate_size=1024, moe_intermediate_size=512, shared_expert_intermediate_size=1024)
+_FP8_SIZES |= dict(kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128)
+_FP8_HEADS = {"llama": 128, "qwen2, tied": 64, "qwen3, wide heads": 128, "qwen2_moe": 64, "qwen3_moe": 128, "mixtral": 64}
+FP8_MODELS = {name: {**config, **{key: size for key, size in _FP8_SIZES.items() if key in config}} for name, config in MODELS.items()}
+FP8_MODELS |= {name: {**FP8_MODELS[name], "head_dim": size} for name, size in _FP8_HEADS.items()}
+FP8_MODELS["deepseek_v3"]["q_lora_rank"] = 128
 SRC = ("tp=1", "tp=2,pp=2", "tp=2,pp=2,vpp=2", "tp=4,pp=3", "tp=8", "tp=1,pp=4,dp=2", "tp=2,dp=4")
 SRC_EXPERTS = ("tp=1,ep=8", "tp=2,ep=4,etp=2", "tp=2,pp=2,vpp=2,ep=2", "tp=4,pp=3,ep=2,etp=2", "tp=1,etp=4,pp=2", "tp=8,ep=4,pp=2")
 DST = ("tp=1", "tp=2", "tp=4", "tp=8")
@@ -77,13 +93,11 @@ def main() -> int:
     try:
         return matrix(args) if args.matrix else one_pair(args)
     except RppError as error:
-        print("; ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 2
 
 
 def one_pair(args: argparse.Namespace) -> int:
-    if args.fp8:
-        raise ConfigError("not there yet: weights travel in bfloat16", where="--fp8", fix="leave it out")
     if args.hf_config is None:
         raise ConfigError("which model?", where="--hf-config", expected="a config.json, or --matrix")
     if args.gpus_per_node < 1:
@@ -97,26 +111,39 @@ def one_pair(args: argparse.Namespace) -> int:
 
 
 def matrix(args: argparse.Namespace) -> int:
-    rows, start = [], time.monotonic()
-    for name, model, src, dst in pairs():
-        rows.append({"model": name, **check(model, src, dst, args)})
-        print(json.dumps(rows[-1]), flush=True)
+    rows, refused, start = [], 0, time.monotonic()
+    for name, model, src, dst in pairs(FP8_MODELS if args.fp8 else MODELS):
+        try:
+            rows.append({"model": name, **check(model, src, dst, args)})
+            print(json.dumps(rows[-1]), flush=True)
+        except OffGridError as error:
+            refused += 1
+            print(json.dumps({"model": name, "src": src, "dst": dst, "equal": None, "refused": one_line(error)}), flush=True)
     wrong = [row for row in rows if is_wrong(row)]
-    worst = max(row["ratio"] for row in rows)
+    worst = max((row["ratio"] for row in rows), default=1.0)
     counts = {"pairs": len(rows), "equal": sum(row["equal"] is True for row in rows), "wrong": len(wrong), "worst_ratio": worst}
+    counts |= {"refused": refused} if args.fp8 else {}
     print(json.dumps({**counts, "seconds": round(time.monotonic() - start, 1)}))
     return int(bool(wrong))
 
 
-def pairs() -> Iterator[tuple[str, Model, str, str]]:
+def pairs(models: Mapping[str, Mapping[str, Any]] = MODELS) -> Iterator[tuple[str, Model, str, str]]:
     """The table: every training split with every engine split that the model has a use for."""
-    for name, config in MODELS.items():
+    for name, config in models.items():
         model = describe(config)
         has_experts = model.dims.experts > 0
         for src in (*SRC[1::2], *SRC_EXPERTS) if has_experts else SRC:
             more = DST_DATA_PARALLEL if model.has_attention_dp else ()
             for dst in (*(DST_EXPERTS if has_experts else DST), *more):
                 yield name, model, src, dst
+
+
+def one_line(error: RppError) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines())
+
+
+class OffGridError(RppError):
+    """The engine cuts a parameter inside a block, so there is no FP8 form of what its ranks hold."""
 
 
 def is_wrong(row: Mapping[str, Any]) -> bool:
@@ -128,9 +155,10 @@ def check(model: Model, src_text: str, dst_text: str, args: argparse.Namespace) 
     src_split, dst_split = split_of(src_text, SRC_KEYS, "--src"), split_of(dst_text, DST_KEYS, "--dst")
     src = trainer(model, src_split, dst_split["tp"])
     dst = SGLangLayout(model, dtype=DTYPE, engines=src.ranks // dst_split["tp"], **dst_split)
+    way = in_fp8(src, dst, model) if args.fp8 else Way(src, dst)
     nodes = tuple(rank // args.gpus_per_node for rank in range(src.ranks))
     start = time.monotonic()
-    found = plan(src, dst, rank=0 if args.bytes_only else None, nodes=nodes, bucket_bytes=args.bucket_bytes)
+    found = plan(way.src, way.dst, rank=0 if args.bytes_only else None, nodes=nodes, bucket_bytes=args.bucket_bytes)
     plan_s = time.monotonic() - start
     received: dict[int, int] = defaultdict(int)
     # One rank's plan lists its own transfers, but its schedule says how much every other receives.
@@ -139,18 +167,60 @@ def check(model: Model, src_text: str, dst_text: str, args: argparse.Namespace) 
         amounts = ((transfer.src, transfer.dst, transfer.num_bytes) for transfer in found.transfers)
     for source, target, count in amounts:
         received[target] += count * (source != target)
-    moved, bound = sum(received.values()), lower_bound(src, dst)
+    moved, bound = sum(received.values()), lower_bound(way.src, way.dst)
     return {
         "src": src_text,
         "dst": dst_text,
-        "equal": None if args.bytes_only else is_equal(found, src, dst),
+        "equal": None if args.bytes_only else is_equal(found, way, model),
         "bytes_moved": moved,
         "lower_bound": bound,
         "ratio": round(moved / bound, 4) if bound else float(moved == 0),
         "max_rank_bytes": max(received.values(), default=0),
         "buckets": len(found.buckets),
         "plan_s": round(plan_s, 2),
+        **({} if way.wide is None else {"wide_tensors": way.wide}),
     }
+
+
+Whole = Callable[[str, torch.dtype], Tensor]
+Parts = Sequence[tuple[Transfer, Tensor]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """What the plan joins. wide: None where nothing is quantised, else how many HF tensors are only after they have arrived."""
+
+    src: MegatronLayout | Fp8Source
+    dst: SGLangLayout | Fp8Target
+    wide: int | None = None
+
+    def sources(self, whole: Whole) -> list[Mapping[str, Tensor]]:
+        """The tensors of every source rank, before anything is quantised that may be."""
+        if not isinstance(self.src, Fp8Source):
+            return [cut(self.src.locals(rank), whole) for rank in range(self.src.ranks)]
+        return [Fp8Tensors(self.src, rank, cut(self.src.inner.locals(rank), whole)) for rank in range(self.src.ranks)]
+
+    def takers(self) -> list[Callable[[Parts], Parts]]:
+        """What each target rank makes of what arrives."""
+        if not isinstance(self.dst, Fp8Target):
+            return [lambda parts: parts] * self.dst.ranks
+        return [Narrowing(self.dst).take for _ in range(self.dst.ranks)]
+
+    def kept(self, rank: int) -> Sequence[Local]:
+        """The tensors of a target rank in the end."""
+        return final_locals(self.dst, rank) if isinstance(self.dst, Fp8Target) else self.dst.locals(rank)
+
+
+def in_fp8(src: MegatronLayout, dst: SGLangLayout, model: Model) -> Way:
+    """Raises: OffGridError."""
+    pair = Fp8Pair.of(src, dst, model.hf_shapes)
+    try:
+        for rank in range(dst.tp):  # engines are all alike
+            pair.target.locals(rank)
+    except GeometryError as error:
+        raise OffGridError(error.what, where=error.where, expected=error.expected, got=error.got, fix=error.fix) from error
+    wide = sum(is_quantised(name) for name in model.hf_shapes) - len(pair.source.chosen)
+    return Way(pair.source, pair.target, wide)
 
 
 def split_of(text: str, keys: tuple[str, ...], where: str) -> dict[str, int]:
@@ -199,33 +269,53 @@ def lower_bound(src: Layout, dst: Layout) -> int:
     return total
 
 
-def is_equal(found: Plan, src: Layout, dst: Layout) -> bool:
+def is_equal(found: Plan, way: Way, model: Model) -> bool:
     """Random HF tensors, cut for every source rank, moved by the plan, against the same tensors cut for every engine rank."""
-    generator = torch.Generator().manual_seed(0)
-    hf: dict[str, Tensor] = {}
-    sources, expected = ([cut(layout, rank, hf, generator) for rank in range(layout.ranks)] for layout in (src, dst))
-    targets = [{name: torch.full_like(tensor, float("nan")) for name, tensor in rank.items()} for rank in expected]
+    whole = whole_tensors(model)
+    sources, takers = way.sources(whole), way.takers()
+    targets = [blank(way.kept(rank)) for rank in range(way.dst.ranks)]
     for transfer in found.transfers:
-        source = view(sources[transfer.src][transfer.src_local], transfer.src_piece, transfer.rect)
-        view(targets[transfer.dst][transfer.dst_local], transfer.dst_piece, transfer.rect).copy_(source)
+        part = view(sources[transfer.src][transfer.src_local], transfer.src_piece, transfer.rect)
+        for placed, values in takers[transfer.dst]([(transfer, part)]):
+            view(targets[placed.dst][placed.dst_local], placed.dst_piece, placed.rect).copy_(values)
     # As bytes: the not-a-numbers of padding must be there still.
     return all(
         torch.equal(targets[rank][name].view(torch.uint8), tensor.view(torch.uint8))
-        for rank, tensors in enumerate(expected)
-        for name, tensor in tensors.items()
+        for rank in range(way.dst.ranks)
+        for name, tensor in cut(way.kept(rank), whole).items()
     )
 
 
-def cut(layout: MegatronLayout | SGLangLayout, rank: int, hf: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """The tensors of a rank, not-a-number where no HF tensor is. HF tensors are made when they are first asked for."""
-    tensors = {}
-    for local in layout.locals(rank):
-        tensors[local.name] = torch.full(local.shape, float("nan"), dtype=local.dtype)
+def whole_tensors(model: Model) -> Whole:
+    """(name, dtype) -> a random HF tensor, or its FP8 form, or its scales; made when it is first asked for."""
+    generator, made, scales = torch.Generator().manual_seed(0), {}, {}
+
+    def whole(name: str, dtype: torch.dtype) -> Tensor:
+        if name.endswith(SCALE_ENDING):
+            whole(name.removesuffix(SCALE_ENDING), E4M3)
+            return scales[name.removesuffix(SCALE_ENDING)]
+        if (name, dtype) not in made:
+            if dtype == E4M3:
+                made[name, dtype], scales[name] = quantise(whole(name, DTYPE))
+            else:
+                made[name, dtype] = torch.randn(model.hf_shapes[name], generator=generator).to(dtype)
+        return made[name, dtype]
+
+    return whole
+
+
+def blank(locals_: Sequence[Local]) -> dict[str, Tensor]:
+    return {local.name: torch.full(local.shape, float("nan"), dtype=local.dtype) for local in locals_}
+
+
+def cut(locals_: Sequence[Local], whole: Whole) -> dict[str, Tensor]:
+    """The tensors of a rank, not-a-number where no HF tensor is."""
+    tensors = blank(locals_)
+    for local in locals_:
         for piece in local.pieces:
             rect = piece.rect
-            if rect.hf not in hf:
-                hf[rect.hf] = torch.randn(layout.model.hf_shapes[rect.hf], generator=generator).to(local.dtype)
-            matrix = hf[rect.hf] if hf[rect.hf].dim() == 2 else hf[rect.hf][:, None]
+            tensor = whole(rect.hf, local.dtype)
+            matrix = tensor if tensor.dim() == 2 else tensor[:, None]
             view(tensors[local.name], piece, rect).copy_(matrix[rect.row : rect.row + rect.rows, rect.col : rect.col + rect.cols])
     return tensors
 

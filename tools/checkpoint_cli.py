@@ -13,15 +13,23 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_rpp.errors import CheckpointError, RppError
-from megatron_rpp.mcore.hf_config import read_hf_config
+from megatron_rpp.mcore.hf_config import HfModel, parse_hf_config
 from megatron_rpp.mcore.weights_header import check_model
 from megatron_rpp.weights.convert import CARRIED, Options, Result
 from megatron_rpp.weights.families.registry import describe
+from megatron_rpp.weights.fp8_checkpoint import KEY
 from megatron_rpp.weights.hf_io import SHARD_BYTES, read_json
 from megatron_rpp.weights.megatron_checkpoint import MegatronCheckpoint, open_megatron
 from megatron_rpp.weights.torch_dist import is_torch_dist, read_header
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+def hf_model(folder: Path) -> HfModel:
+    """The model of a directory's config.json, however its weights are stored. Raises: CheckpointError, ConfigError."""
+    config = read_json(folder / "config.json")
+    config.pop(KEY, None)
+    return parse_hf_config(config, where=str(folder / "config.json"))
 
 
 def open_saved(folder: Path, hf: Path | None) -> tuple[MegatronCheckpoint, Path]:
@@ -36,7 +44,7 @@ def open_saved(folder: Path, hf: Path | None) -> tuple[MegatronCheckpoint, Path]
     if not (carried / "config.json").is_file():
         fix = "give the directory of its config.json and tokenizer with --hf"
         raise CheckpointError("the checkpoint does not carry its config", where=str(folder), got=f"no {carried / 'config.json'}", fix=fix)
-    check_model(read_header(folder), read_hf_config(carried), where=str(folder))
+    check_model(read_header(folder), hf_model(carried), where=str(folder))
     return open_megatron(folder, describe(read_json(carried / "config.json"))), carried
 
 

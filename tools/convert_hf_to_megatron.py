@@ -2,8 +2,10 @@
 
     python tools/convert_hf_to_megatron.py HF OUT [--dtype D] [--overwrite] [--shard-gb GB]
 
-The architecture is read from HF/config.json. Memory does not grow with the model. A run that was cut off is gone on with by the
-same command. At the end every tensor is read again from OUT and compared with HF to the bit; OUT exists only when all are equal.
+The architecture is read from HF/config.json. Of a directory in block FP8 (quantization_config, weight_scale_inv) the checkpoint gets
+weight * scale_inv, rounded once to the dtype of config.json, as DeepSeek's fp8_cast_bf16 makes it. Memory does not grow with the
+model. A run that was cut off is gone on with by the same command. At the end every tensor is read again from OUT and compared with
+HF to the bit; OUT exists only when all are equal.
 """
 
 from __future__ import annotations
@@ -14,13 +16,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint_cli import add_options, bar, options_of, report, run
+from checkpoint_cli import add_options, bar, hf_model, options_of, report, run
 
-from megatron_rpp.mcore.hf_config import read_hf_config
 from megatron_rpp.mcore.weights_header import weights_header
 from megatron_rpp.weights.convert import to_megatron, total_bytes
 from megatron_rpp.weights.families.registry import describe
-from megatron_rpp.weights.hf_io import open_hf
+from megatron_rpp.weights.fp8_checkpoint import open_wide
 
 
 def main() -> int:
@@ -30,8 +31,8 @@ def main() -> int:
     add_options(parser)
     arguments = parser.parse_args()
     started = time.monotonic()
-    with open_hf(arguments.hf) as source:
-        header = weights_header(read_hf_config(arguments.hf))
+    with open_wide(arguments.hf) as source:
+        header = weights_header(hf_model(arguments.hf))
         model = describe(source.config)
         options = options_of(arguments)
         with bar(total_bytes(source, model, options.dtype), "write", "compare") as tick:

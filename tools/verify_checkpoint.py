@@ -1,9 +1,11 @@
 """Compare two checkpoints, each an HF directory or a Megatron checkpoint, tensor by tensor and bit by bit.
 
-    python tools/verify_checkpoint.py A B [--hf HF]
+    python tools/verify_checkpoint.py A B [--hf HF] [--fp8]
 
 Megatron checkpoints are compared as the HF tensors that they hold, so their layouts do not matter; optimizer state is left
-aside. Prints the first difference. Exit status 0 when all tensors are equal, 1 when not, 2 for a mistake in the arguments.
+aside. An HF directory in block FP8 is compared as the wide tensors that it stands for, two of them as they are; with --fp8 the side
+that is not in FP8 is quantised, as convert_megatron_to_hf.py --fp8 does. Prints the first difference. Exit status 0 when all tensors
+are equal, 1 when not, 2 for a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from pathlib import Path
 
 from checkpoint_cli import bar, open_saved, run
 
+from megatron_rpp.errors import CheckpointError
 from megatron_rpp.weights.compare import Source, compare
 from megatron_rpp.weights.convert import CARRIED, model_part
 from megatron_rpp.weights.families.registry import describe
+from megatron_rpp.weights.fp8_checkpoint import Quantised, fp8_part, open_wide, scales_of
 from megatron_rpp.weights.hf_io import open_hf, read_json
 from megatron_rpp.weights.torch_dist import is_torch_dist
 
@@ -29,11 +33,12 @@ def main() -> int:
     parser.add_argument("a", type=Path, metavar="A", help="HF directory or Megatron checkpoint")
     parser.add_argument("b", type=Path, metavar="B", help="the other one")
     parser.add_argument("--hf", type=Path, help="directory with the config.json of Megatron checkpoints that carry none")
+    parser.add_argument("--fp8", action="store_true", help="one side is in block FP8: quantise the other")
     arguments = parser.parse_args()
     folders = (arguments.a, arguments.b)
     started = time.monotonic()
     config = arguments.hf or next((found for folder in folders if (found := config_of(folder)) is not None), None)
-    sides = open_both(folders, config)
+    sides = open_in_fp8(folders, config) if arguments.fp8 else open_both(folders, config)
     total = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in sides[0].entries.values())
     with bar(total, "compare") as tick:
         difference = compare(*sides, tick=tick)
@@ -54,14 +59,35 @@ def config_of(folder: Path) -> Path | None:
 
 def open_both(folders: Sequence[Path], config: Path | None) -> list[Source]:
     """Two HF directories with all that they hold; where one is Megatron's, both as the tensors of the model."""
-    if not any(is_torch_dist(folder) for folder in folders):
-        return [open_hf(folder) for folder in folders]
+    if any(is_torch_dist(folder) for folder in folders):
+        return [open_model(folder, config) for folder in folders]
+    are_in_fp8 = all(scales_of(read_json(folder / "config.json")) for folder in folders)
+    return [open_hf(folder) if are_in_fp8 else open_wide(folder) for folder in folders]
+
+
+def open_model(folder: Path, config: Path | None) -> Source:
+    """The tensors of the model, wide."""
+    if is_torch_dist(folder):
+        return open_saved(folder, config)[0]
+    return model_part(open_wide(folder), describe(read_json((config or folder) / "config.json")))
+
+
+def open_in_fp8(folders: Sequence[Path], config: Path | None) -> list[Source]:
+    """The tensors of the model in block FP8: as they are stored, or quantised with the other side's kind of scales."""
+    kinds = [None if is_torch_dist(folder) else scales_of(read_json(folder / "config.json")) for folder in folders]
+    scales = next((kind for kind in kinds if kind is not None), None)
+    if scales is None or config is None:
+        raise CheckpointError(
+            "neither is in block FP8", where="--fp8", expected="a quantization_config in a config.json", fix="leave it out"
+        )
+    shapes = describe(read_json(config / "config.json")).hf_shapes
     sides: list[Source] = []
-    for folder in folders:
-        if is_torch_dist(folder):
-            sides.append(open_saved(folder, config)[0])
+    for folder, kind in zip(folders, kinds, strict=True):
+        if kind is None:
+            wide = open_model(folder, config)
+            sides.append(Quantised(wide, shapes, {name: entry.dtype for name, entry in wide.entries.items()}, scales))
         else:
-            sides.append(model_part(open_hf(folder), describe(read_json((config or folder) / "config.json"))))
+            sides.append(fp8_part(open_hf(folder), shapes))
     return sides
 
 

@@ -3,9 +3,9 @@
 A file may start from others with `extends: base.yaml` (or a list; later ones win, then the file itself); sections merge,
 lists and values replace. `preset: NAME` puts a paper's settings (presets.py) under all of them.
 
-Paths of inputs (model.hf, model.ref, data.train, data.eval, sft.train) are relative to the file that they are written in, so that
-an example runs from any directory; given on the command line they are relative to the working directory, as a shell user
-expects. Paths of outputs (run.dir, sft.out) are always relative to the working directory. All are absolute in the result.
+Paths of inputs (model.hf, model.ref, model.megatron_checkpoint, data.train, data.eval, sft.train) are relative to the file that they
+are written in, so that an example runs from any directory; given on the command line they are relative to the working directory, as
+a shell user expects. Paths of outputs (run.dir, sft.out) are always relative to the working directory. All are absolute in the result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.errors import ConfigError
 
 COMMAND_LINE = "command line"
-_INPUTS = (("model", "hf"), ("model", "ref"), ("data", "train"), ("data", "eval"), ("sft", "train"))
+_INPUTS = (("model", "hf"), ("model", "ref"), ("model", "megatron_checkpoint"), ("data", "train"), ("data", "eval"), ("sft", "train"))
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -39,6 +39,7 @@ class Run:
 class Model:
     hf: Path  # HF directory: config.json, safetensors, tokenizer
     ref: Path | None = None  # the frozen reference; None takes `hf`
+    megatron_checkpoint: Path | None = None  # a torch_dist checkpoint to take the weights from; None takes those of `hf`
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     megatron: dict[str, Scalar] = field(default_factory=dict)  # any TransformerConfig field
 
@@ -84,6 +85,7 @@ class Reward:
 
 @config
 class Rollout:
+    dtype: Literal["model", "fp8_block"] = "model"  # fp8_block: E4M3 matrices in blocks of 128 x 128, quantised anew at every update
     tp: int = 1  # GPUs of one engine
     engines: int | None = None  # None: one for every `tp` ranks
     prompts_per_step: int = 64
@@ -202,7 +204,7 @@ class Eval:
 class Observe:
     tensorboard: bool = True
     console: Literal["auto", "rich", "plain", "off"] = "auto"
-    # mean |logp_old - logp_rollout| above which the run says so; None: 1e-3 in float32, 0.1 in bfloat16
+    # mean |logp_old - logp_rollout| above which the run says so; None: 1e-3 in float32, 0.1 in bfloat16, more with rollout.dtype fp8_block
     mismatch_alarm: float | None = None
     mismatch_action: Literal["warn", "stop"] = "warn"
 

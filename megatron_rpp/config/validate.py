@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rpp.config.fp8_rules import fp8_problems
 from megatron_rpp.config.geometry import Geometry, derive, has_even_layers, num_ranks
 from megatron_rpp.config.hf_shape import HfShape, read_hf_shape
 from megatron_rpp.config.options import option_problems
@@ -55,7 +56,8 @@ def validate(
         problems.append(Problem("model.hf", f"{error.what} ({error.where}); {error.fix or error.got}"))
     kind = ConfigError if problems else GeometryError
     if all(_get(cfg, name) >= 1 for name in _AT_LEAST_1):  # only then do the divisions below mean anything
-        problems += [*_layout(cfg, world_size), *_engines(cfg), *_batches(cfg), *(_model(cfg, hf) if hf is not None else ())]
+        problems += [*_layout(cfg, world_size), *_engines(cfg), *_batches(cfg)]
+        problems += [*_model(cfg, hf), *fp8_problems(cfg, hf)] if hf is not None else []
     refuse([Problem(problem.path, problem.message, lines.get(problem.path, "")) for problem in problems], source, kind)
     assert hf is not None
     return Checked(derive(cfg, hf), hf, tuple(_warnings(cfg)))
@@ -138,6 +140,9 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
             yield Problem(name, f"must be a .jsonl or .parquet file, got {path}")
         elif path is not None and not path.is_file():
             yield Problem(name, f"no such file: {path}")
+    checkpoint = cfg.model.megatron_checkpoint
+    if checkpoint is not None and not checkpoint.is_dir():
+        yield Problem("model.megatron_checkpoint", f"no such directory: {checkpoint}")
     if cfg.model.ref is not None and not (cfg.model.ref / "config.json").is_file():
         yield Problem("model.ref", f"no config.json in {cfg.model.ref}")
 

@@ -95,6 +95,8 @@ def _without_effect(cfg: Config) -> Iterator[Problem]:
     algo, stats = cfg.algo, cfg.stats
     if algo.estimator != "gae" and cfg.critic != Critic():
         yield Problem("critic", f"is there for algo.estimator gae only, got {algo.estimator}")
+    if algo.estimator == "gae" and cfg.model.megatron_checkpoint is not None and cfg.critic.hf is None:
+        yield Problem("critic.hf", "model.megatron_checkpoint has no weights for a critic; set the HF directory that it starts from")
     if algo.estimator != "gae" and (algo.gae_lambda != 1.0 or algo.gae_length_alpha is not None):
         yield Problem("algo.gae_lambda", f"and gae_length_alpha are there for algo.estimator gae only, got {algo.estimator}")
     if algo.gae_length_alpha is not None and algo.gae_lambda != 1.0:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_rpp.dist.layout import Coords, ExpertCoords
 
-__all__ = ["Groups", "ProcessGroup", "ranks_of"]
+__all__ = ["Groups", "ProcessGroup", "host_group", "ranks_of"]
+
+# Waits are named and bounded by whoever waits. Gloo stops at the lower of that and the group's own limit.
+UNBOUNDED = timedelta(days=365)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,18 @@ class Groups:
     def is_last_stage(self) -> bool:
         """True where the logits are."""
         return self.coords.pp == self.pp_size - 1
+
+
+def host_group(teams: Iterable[Sequence[int]]) -> ProcessGroup | None:
+    """The team that this rank is in, on gloo, for objects and host tensors; None for a rank in no team.
+
+    Collective over the world: every rank makes every team's group, in the same order. No rank is in two.
+    """
+    found = None
+    for ranks in teams:
+        group = dist.new_group(list(ranks), backend="gloo", timeout=UNBOUNDED)
+        found = group if dist.get_rank() in ranks else found
+    return found
 
 
 def ranks_of(group: ProcessGroup) -> tuple[int, ...]:

@@ -42,6 +42,10 @@ class EngineGroup:
     def leader(self) -> int:
         return self.ranks[0]
 
+    def local_ids(self, places: tuple[int, ...], *, local_rank: int) -> tuple[int, ...]:
+        """What the ranks at some places of this group are called on their host. local_rank: what the leader is."""
+        return tuple(local_rank + place - self.leader for place in places)
+
 
 def world_size_of(parallel: Parallel) -> int:
     """How many ranks a layout needs: tp * cp * dp * pp."""

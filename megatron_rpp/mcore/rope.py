@@ -44,8 +44,17 @@ def parse_rope(raw: Json, *, where: str, is_latent: bool, default_theta: float) 
     is_latent: for latent attention, where Megatron computes the frequencies itself; else they are those of `inv_freq`.
     Raises: ConfigError naming the entry that is not understood.
     """
-    settings = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    kind = settings.get("rope_type", settings.get("type", "default")) or "default"
+    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    if old and new and _kind(old) != _kind(new):  # readers differ in which of the two they take
+        raise ConfigError(
+            "config.json says twice how positions are rotated, and not the same",
+            where=where,
+            expected="rope_scaling or rope_parameters, or both of one type",
+            got=f"rope_scaling {_kind(old)}, rope_parameters {_kind(new)}",
+            fix="remove the one that the model was not trained with",
+        )
+    settings = {**old, **new}
+    kind = _kind(settings)
     known = _LATENT_TYPES if is_latent else _TYPES
     if kind not in known:
         raise ConfigError("this rotary scaling is not supported", where=f"{where}: rope_scaling", expected=" | ".join(known), got=kind)
@@ -60,6 +69,10 @@ def parse_rope(raw: Json, *, where: str, is_latent: bool, default_theta: float) 
         original_max_positions=int(settings.get("original_max_position_embeddings", raw.get("max_position_embeddings", 8192))),
     )
     return _with_yarn(rope, settings, f"{where}: rope_scaling") if kind == "yarn" else rope
+
+
+def _kind(settings: Json) -> str:
+    return settings.get("rope_type", settings.get("type", "default")) or "default"
 
 
 def _with_yarn(rope: Rope, settings: Json, where: str) -> Rope:

@@ -4,7 +4,7 @@ config.yaml      every setting in force                 metrics.jsonl    one rec
 versions.json    Python, packages, this source          timings.jsonl    what the clock said of each step
 patches.json     which runtime patches were active      tensorboard/     both, as curves
 logs/rank-N.log  what rank N printed                    checkpoints/     see resume.py
-run.lock         held while a process writes here
+run.lock         held while a process writes here      engine/          what engines with rollout.dtype fp8_block start from
 """
 
 from __future__ import annotations

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron_rpp.rollout import memory, worker
+from megatron_rpp.rollout import device_memory, worker
 
 WHOLE_FILE = "expected.json"  # HF name -> shape of every tensor of the HF directory
+TENSORS_FILE = "tensors.json"  # the same, in an HF directory that has no weights
 MAX_NAMED = 3  # names spelt out in an error
+CACHE_SCALES = (".k_scale", ".v_scale")  # endings of parameters that belong to the key-value cache of an FP8 model, not to its weights
 
 Expected = dict[str, tuple[list[int], int]]  # SGLang name -> shape of the parameter on one rank, elements that come
 
@@ -39,10 +41,19 @@ class Update(Protocol):
 
 def open_update(session: str, is_sharded: bool, rank: int, model: nn.Module) -> Update:
     """Raises: ValueError when the model's parameters are not those that shards are announced for."""
+    _reset_cache_scales(model)
     if not is_sharded:
         return WholeTensors(session, json.loads((worker.folder() / WHOLE_FILE).read_text(encoding="utf-8")))
     announced = json.loads(_shards_file(rank).read_text(encoding="utf-8"))
     return Shards(session, {name: (shape, elements) for name, (shape, elements) in announced.items()}, model)
+
+
+@torch.no_grad()
+def _reset_cache_scales(model: nn.Module) -> None:
+    """Say that there are none: an engine that was started without weights has random ones. SGLang makes 1 of it when an update ends."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(CACHE_SCALES):
+            parameter.fill_(-1.0)
 
 
 @dataclass
@@ -57,7 +68,7 @@ class WholeTensors:
         for name, _, shape, _ in bucket["tensors"]:
             self._check(name, shape)
         device = next(model.parameters()).device
-        model.load_weights((name, tensor.to(device)) for name, tensor in memory.unpack(bucket))
+        model.load_weights((name, tensor.to(device)) for name, tensor in device_memory.unpack(bucket))
 
     def _check(self, name: str, shape: list[int]) -> None:
         if name not in self.expected:
@@ -84,7 +95,7 @@ class Shards:
     def __init__(self, session: str, expected: Expected, model: nn.Module) -> None:
         self.session, self._left = session, {name: elements for name, (_, elements) in expected.items()}
         self._touched: set[str] = set()
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {name: tensor for name, tensor in model.named_parameters() if not name.endswith(CACHE_SCALES)}
         unknown, missing = expected.keys() - self._parameters.keys(), self._parameters.keys() - expected.keys()
         if unknown or missing:
             raise ValueError(f"announced but not in the model: {_some(unknown)}; in the model but not announced: {_some(missing)}")
@@ -94,7 +105,7 @@ class Shards:
 
     @torch.no_grad()
     def take(self, model: nn.Module, bucket: dict[str, Any]) -> None:
-        for (name, index, row, col), tensor in memory.unpack(bucket):
+        for (name, index, row, col), tensor in device_memory.unpack(bucket):
             if name not in self._parameters:
                 raise ValueError(f"unknown parameter {name}")
             parameter = self._parameters[name]
@@ -146,13 +157,16 @@ def announce_shards(expected: list[dict[str, Any]]) -> None:
 def write_expected(hf: Path) -> int:
     """Note the tensors that an update of whole ones must bring, from the headers of the HF directory's files; their number.
 
-    A tied output matrix that the files hold all the same is left out: SGLang skips it.
+    A directory without weights names them in TENSORS_FILE. A tied output matrix that the files hold all the same is left out:
+    SGLang skips it.
     """
     found: dict[str, list[int]] = {}
     for path in sorted(hf.glob("*.safetensors")):
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    if (hf / TENSORS_FILE).exists():
+        found = json.loads((hf / TENSORS_FILE).read_text(encoding="utf-8"))
     if json.loads((hf / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"):
         found.pop("lm_head.weight", None)
     worker.write_json(worker.folder() / WHOLE_FILE, found)

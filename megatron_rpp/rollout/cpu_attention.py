@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -36,7 +38,10 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
         is_cross_attn: bool = False,
         sliding_window_size: int | None = None,
     ) -> Tensor:
-        """Shapes: query, output [B, H, D]; caches [tokens, H_kv, D]; req_to_token [requests, positions]; seq_lens [B]."""
+        """Shapes: query [B, H, D]; output [B, H, D_v]; caches [tokens, H_kv, D or D_v]; req_to_token [requests, positions]; seq_lens [B].
+
+        D_v is less than D in latent attention, whose values are its keys without their rotary part.
+        """
         if encoder_lens is not None or (sliding_window_size or -1) > -1 or query.dtype != k_cache.dtype:
             named = {"encoder_lens": encoder_lens, "scaling": scaling, "enable_gqa": enable_gqa, "causal": causal}
             named |= {"is_cross_attn": is_cross_attn, "sliding_window_size": sliding_window_size}
@@ -48,11 +53,12 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
             table = req_to_token[req_pool_indices[rows], :length]
             slots = torch.where(is_there, pad(table, (0, length - table.shape[1])), 0).flatten()  # the table may end before the step
             keys, values = (_gather(cache, slots, length) for cache in (k_cache, v_cache))
+            values = pad(values, (0, keys.shape[-1] - values.shape[-1]))  # torch's fast attention wants one width
             mask = is_there[:, None, None, :]
             attended = scaled_dot_product_attention(
                 query[rows].unsqueeze(2), keys, values, attn_mask=mask, scale=scaling, enable_gqa=enable_gqa
             )
-            output[rows] = attended.squeeze(2)
+            output[rows] = attended.squeeze(2)[..., : output.shape[-1]]
         return output
 
 
@@ -63,5 +69,10 @@ def _gather(cache: Tensor, slots: Tensor, length: int) -> Tensor:
 
 
 def register() -> None:
-    """Stand in for `torch_native`, under its name: SGLang asks for the name elsewhere too."""
+    """Stand in for `torch_native`, under its name: SGLang asks for the name elsewhere too.
+
+    Latent attention is always computed in latent space. Left to itself SGLang expands the keys and values of a prompt and hands
+    them over beside a cache of latents, and torch_native, which looks at nothing but the cache, takes the latents for them.
+    """
     register_attention_backend("torch_native")(BatchedDecodeBackend)
+    AttentionBackendRegistry.register("torch_native", lambda layer, batch: AttnForwardMethod.MLA)

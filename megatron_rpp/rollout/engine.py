@@ -23,7 +23,7 @@ from megatron_rpp.rollout.request import Completion, Request
 from megatron_rpp.rollout.settings import SOCKET_NAME, EngineSettings
 
 Announced = Mapping[str, tuple[Sequence[int], int]]  # see Engine.update_shards
-Packed = Mapping[str, Any]  # what Outbox.pack returns
+Packed = Mapping[str, Any]  # what the `pack` of an outbox returns
 
 POLL_S = 0.25  # how often a wait looks whether the process is still alive
 REPLY_S = 60.0  # for requests that need no model
@@ -236,8 +236,8 @@ class Engine:
         """The same from shards cut for each rank of the engine: `load([bucket of rank 0, bucket of rank 1, ...])`.
 
         announced: for each rank, SGLang's name of every parameter -> its shape there and how many of its elements will come.
-        A bucket is what `Outbox.pack` of any process on this host says of its tensors, each a rectangle [rows, cols] under the
-        name [parameter, leading indices, row, column]. Each announced element must come exactly once.
+        A bucket is what an outbox (memory.py, device_memory.py) of any process on this host says of its tensors, each a rectangle
+        [rows, cols] under the name [parameter, leading indices, row, column]. Each announced element must come exactly once.
         Raises: as `update`.
         """
         if len(announced) != self.settings.tp:

@@ -1,7 +1,8 @@
 """SGLang's custom weight loader: runs in every scheduler process and fills its model from memory shared by the client.
 
 What travels through SGLang is a JSON order in the place of a tensor's name; the tensors themselves lie in a memory file
-of a trainer (memory.py). coverage.py sees to it that an update brings everything, once.
+of a trainer (memory.py), or where it has them on the GPU (device_memory.py). coverage.py sees to it that an update brings
+everything, once.
 """
 
 from __future__ import annotations

@@ -26,20 +26,20 @@ class Outbox:
         self._fd = os.memfd_create("rpp-weights", os.MFD_CLOEXEC)
         self._memory: mmap.mmap | None = None
 
+    def empty(self, num_bytes: int, device: torch.device) -> Tensor:
+        """Memory to receive in, uint8 [num_bytes]: any will do here, since `pack` copies."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
     def pack(self, bucket: Bucket) -> dict[str, Any]:
         """Copy the tensors in and describe them, for `unpack` in any process of this user on this host.
 
         Shapes: any, on any device, made contiguous on the way.
         """
-        offsets, num_bytes = [], 0
-        for _, tensor in bucket:
-            offsets.append(num_bytes)
-            size = tensor.numel() * tensor.element_size()
-            num_bytes += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        offsets, num_bytes = offsets_of([tensor for _, tensor in bucket])
         flat = self._flat(num_bytes)
         entries = []
         for (name, tensor), offset in zip(bucket, offsets, strict=True):
-            _view(flat, tensor.dtype, list(tensor.shape), offset).copy_(tensor.detach())
+            view(flat, tensor.dtype, list(tensor.shape), offset).copy_(tensor.detach())
             entries.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset])
         return {"path": f"/proc/{os.getpid()}/fd/{self._fd}", "num_bytes": num_bytes, "tensors": entries}
 
@@ -62,8 +62,19 @@ def unpack(bucket: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         memory = mmap.mmap(file.fileno(), max(bucket["num_bytes"], 1), prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
     flat = torch.frombuffer(memory, dtype=torch.uint8)  # holds the mapping, as every view of it does
     for name, dtype, shape, offset in bucket["tensors"]:
-        yield name, _view(flat, getattr(torch, dtype), shape, offset)
+        yield name, view(flat, getattr(torch, dtype), shape, offset)
 
 
-def _view(flat: Tensor, dtype: torch.dtype, shape: list[int], offset: int) -> Tensor:
+def offsets_of(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where tensors lie in one buffer, each aligned for any dtype; and the bytes of the buffer."""
+    offsets, num_bytes = [], 0
+    for tensor in tensors:
+        offsets.append(num_bytes)
+        size = tensor.numel() * tensor.element_size()
+        num_bytes += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return offsets, num_bytes
+
+
+def view(flat: Tensor, dtype: torch.dtype, shape: list[int], offset: int) -> Tensor:
+    """A tensor of some dtype and shape at some byte of a buffer."""
     return flat[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)

@@ -25,7 +25,7 @@ import zmq.asyncio
 
 from megatron_rpp.errors import EngineError, RppError
 from megatron_rpp.rollout import coverage, hook, worker
-from megatron_rpp.rollout.settings import SOCKET_NAME, EngineSettings, server_args
+from megatron_rpp.rollout.settings import SOCKET_NAME, EngineSettings, model_overrides, server_args
 
 OWNER_CHECK_S = 0.5
 BEAT_S = 1.0
@@ -86,10 +86,13 @@ def build_engine(settings: EngineSettings, tell: Callable[..., None]) -> Any:
         def _launch_detokenizer_subprocesses(cls, **_: Any) -> tuple[list, list]:
             return [], []  # with token ids in and out nothing is ever sent to it, and it costs an import of sglang
 
-    # Attention goes through the sequences one by one there, and settings.py keeps prefixes and chunks out of it.
+    # Attention goes through the sequences one by one there, and settings.py keeps prefixes and chunks out of it. The second list
+    # is of those that SGLang lets share prefixes, and of those that it lets run latent attention: cpu_attention.py sees to that.
     choices.add_deterministic_attention_backend_choices(["torch_native"])
+    choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
     tell(event="phase", phase="starting SGLang's workers and loading weights")
-    engine = PatchedEngine(**(server_args(settings) | {"custom_weight_loader": [hook.LOADER]}))
+    ours = {"custom_weight_loader": [hook.LOADER], "json_model_override_args": model_overrides(settings)}
+    engine = PatchedEngine(**(server_args(settings) | ours))
     worker.write_report("server", "0")
     Path(shm_path_for(engine.port_args.instance_id)).unlink(missing_ok=True)  # open where it is needed, and so never left behind
     return engine

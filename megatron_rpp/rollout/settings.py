@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 # Variables that describe the trainer's own process group, allocator or Slurm step. An SGLang worker that read them would
@@ -30,13 +32,20 @@ CPU_ARGS: dict[str, Any] = {
 }
 CUDA_ARGS: dict[str, Any] = {"device": "cuda", "enable_memory_saver": True}
 
+# What SGLang's classes ask a config for without a default, and what it means that a config.json leaves it out.
+_ABSENT: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"moe_layer_freq": 1, "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+    "deepseek_v3": {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """One engine. The whole travels as JSON on the command line of its process.
 
     hf: the HF directory it reads weights, shapes and end tokens from. dtype: torch's name of the weights' type.
-    slot: which of the engines of this host it is; it picks cores or GPUs. gpu_ids: empty on a CPU.
+    slot: which of the engines of this host it is; it picks cores. gpu_ids: of each rank, as numbered in the process that
+    makes the settings; empty on a CPU.
     max_concurrent: requests in flight. max_sequence_tokens: prompt and response together, sizes the CPU key-value pool.
     sglang: ServerArgs fields that overrule everything chosen here.
     """
@@ -68,12 +77,27 @@ def server_args(settings: EngineSettings) -> dict[str, Any]:
         "max_running_requests": settings.max_concurrent,
         "random_seed": settings.seed,
         "log_level": "warning",
+        # A shared expert stays a parameter of its own, which is where weight updates put it: fused, SGLang counts it among the routed.
+        "disable_shared_experts_fusion": True,
     }
     if settings.device == "cpu":
         args |= CPU_ARGS | {"max_total_tokens": settings.max_concurrent * settings.max_sequence_tokens + _KV_MARGIN_TOKENS}
     else:
         args |= CUDA_ARGS
     return args | settings.sglang
+
+
+def model_overrides(settings: EngineSettings) -> str:
+    """The value of SGLang's json_model_override_args: entries of config.json as its classes have to read them, as JSON.
+
+    DeepSeek's get what their config.json leaves out; and SGLang restricts tokens to groups of experts whenever there are groups,
+    which `topk_method: greedy` does not mean. Raises: OSError, ValueError when config.json cannot be read.
+    """
+    config = json.loads((Path(settings.hf) / "config.json").read_text(encoding="utf-8"))
+    found = {name: value for name, value in _ABSENT.get(config["model_type"], {}).items() if config.get(name) is None}
+    if {**config, **found}.get("topk_method") == "greedy":
+        found |= {"n_group": 1, "topk_group": 1}
+    return json.dumps(found | json.loads(settings.sglang.get("json_model_override_args") or "{}"))
 
 
 def environment(settings: EngineSettings, env: Mapping[str, str]) -> dict[str, str]:
@@ -85,8 +109,12 @@ def environment(settings: EngineSettings, env: Mapping[str, str]) -> dict[str, s
         cores = sorted(os.sched_getaffinity(0))
         clean["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(settings, cores)
         clean["OMP_NUM_THREADS"] = str(num_threads(settings, len(cores)))
+        # SGLang compiles how DeepSeek's tokens choose experts: on a CPU that takes a C++ compiler and half a minute at the first token.
+        clean["TORCH_COMPILE_DISABLE"] = "1"
     elif settings.gpu_ids:
-        clean["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.gpu_ids))
+        # Ids count the GPUs that the trainer sees, which need not be all.
+        seen = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        clean["CUDA_VISIBLE_DEVICES"] = ",".join(seen[number] if seen else str(number) for number in settings.gpu_ids)
     return clean
 
 

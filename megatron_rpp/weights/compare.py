@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_rpp.weights.raw_file import row_blocks
+from megatron_rpp.weights.raw_file import BLOCK_BYTES, row_blocks
 from megatron_rpp.weights.rect import Rect, Shape
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,6 +37,14 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Some of the tensors of a source."""
+
+    entries: Mapping[str, Described]
+    read: Callable[[Rect], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Difference:
     """The first difference. left, right: what stands there in each."""
 
@@ -46,11 +54,18 @@ class Difference:
     right: object
 
 
-def compare(left: Source, right: Source, *, dtypes: Mapping[str, torch.dtype] | None = None, tick: Tick | None = None) -> Difference | None:
+def compare(
+    left: Source,
+    right: Source,
+    *,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    tick: Tick | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Difference | None:
     """The first difference in the order of `left`, None where there is none: names, shapes, dtypes, then every bit.
 
     dtypes: what the tensors of `left` are cast to before they are compared. None: nothing.
-    Raises: what reading raises.
+    Units: block_bytes of each side are in memory at a time. Raises: what reading raises.
     """
     for name in (*left.entries, *right.entries):
         if name not in left.entries or name not in right.entries:
@@ -63,7 +78,7 @@ def compare(left: Source, right: Source, *, dtypes: Mapping[str, torch.dtype] | 
             return Difference(name, "the dtype", dtype, other.dtype)
     for name, entry in left.entries.items():
         dtype = (dtypes or {}).get(name, entry.dtype)
-        for block in row_blocks(name, entry.shape, entry.dtype.itemsize):
+        for block in row_blocks(name, entry.shape, entry.dtype.itemsize, limit=block_bytes):
             found = _first(block, left.read(block).to(dtype), right.read(block), entry.shape)
             if found is not None:
                 return found

@@ -1,5 +1,6 @@
 """HF directory to Megatron checkpoint and back, in memory that does not grow with the model.
 
+A directory in block FP8 is read as the wide model that it stands for (fp8_checkpoint.open_wide), and can be written.
 Both ways the files are written one after the other, each tensor in blocks of rows, then everything is read again, from the
 files, and compared with the source to the bit; only then does the result get its name. A run that was cut off is gone on with.
 
@@ -15,7 +16,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,16 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.errors import CheckpointError
-from megatron_rpp.weights.compare import Described, Source, Tick, compare
+from megatron_rpp.weights.compare import Part, Source, Tick, compare
 from megatron_rpp.weights.families.parameter import Model
+from megatron_rpp.weights.fp8_checkpoint import Quantised, quantization_config
 from megatron_rpp.weights.hf_io import SHARD_BYTES, HFCheckpoint, carry_over, open_hf, plan_files, write_index
 from megatron_rpp.weights.megatron_checkpoint import MegatronCheckpoint, open_megatron
 from megatron_rpp.weights.megatron_keys import Place, places, state_keys
+from megatron_rpp.weights.quantise import Scales
 from megatron_rpp.weights.raw_file import BLOCK_BYTES, payload, row_blocks
 from megatron_rpp.weights.rect import Rect, Shape
-from megatron_rpp.weights.safetensors_file import DTYPES, make_header
+from megatron_rpp.weights.safetensors_file import WIDE_DTYPES, make_header
 from megatron_rpp.weights.torch_dist import COMMON, KIND, LIST, Chunk, Stored, write_common, write_list
 from megatron_rpp.weights.unfinished import Unfinished, checksum
 
@@ -42,12 +45,14 @@ _RETRY = "make room, then run the same command again: it goes on where it stoppe
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """dtype: None keeps that of each tensor. tick: called after each block, with its bytes.
+    """dtype: None keeps that of each tensor. fp8: the scales of an HF directory in block FP8, None for one that is not.
+    tick: called after each block, with its bytes.
 
     Units: shard_bytes for each file of the result, block_bytes for each piece of a tensor that is in memory.
     """
 
     dtype: torch.dtype | None = None
+    fp8: Scales | None = None
     overwrite: bool = False
     shard_bytes: int = SHARD_BYTES
     block_bytes: int = BLOCK_BYTES
@@ -112,7 +117,7 @@ def to_megatron(source: HFCheckpoint, model: Model, out: Path, *, header: Mappin
             _finish_megatron(work, model, files, spans, header)
             carry_over(source.dir, _made(work.folder / CARRIED), options.dtype or _main(dtypes, model))
         with open_megatron(work.folder, model) as written:
-            _check_equal(part, written, dtypes, out, options.tick)
+            _check_equal(part, written, dtypes, out, options)
         with _naming("the last bytes", out):
             work.complete()
     return Result(len(dtypes), total_bytes(source, model, options.dtype), len(files), len(files) - len(todo))
@@ -121,12 +126,13 @@ def to_megatron(source: HFCheckpoint, model: Model, out: Path, *, header: Mappin
 def to_hf(source: MegatronCheckpoint, out: Path, *, carried: Path, options: Options = Options()) -> Result:
     """Writes the weights of a Megatron checkpoint as an HF directory. carried: where config and tokenizer come from.
 
-    Raises: CheckpointError when `out` exists, it cannot be written, or what was written is not what was read.
+    Raises: CheckpointError when `out` exists, it cannot be written, or what was written is not what was read; NumericsError for
+    an element without an FP8 form.
     """
     model = source.model
-    own = model.hf_dtypes
-    dtypes = {name: own.get(name, options.dtype or source.entries[name].dtype) for name in model.hf_shapes}
-    files = plan_files(model.hf_shapes, dtypes, options.shard_bytes)
+    wanted, dtypes = as_written(source, model, options)
+    shapes = {name: wanted.entries[name].shape for name in dtypes}
+    files = plan_files(shapes, dtypes, options.shard_bytes)
     job = _job("to HF", [*source.dir.iterdir(), *carried.iterdir()], dtypes, options, None)
     with _making(out, source.dir, job, options.overwrite) as work:
         sizes = {file: sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shard.items()) for file, shard in files.items()}
@@ -137,16 +143,33 @@ def to_hf(source: MegatronCheckpoint, out: Path, *, carried: Path, options: Opti
                 for name, shape in files[file].items():
                     for block in row_blocks(name, shape, dtypes[name].itemsize, limit=options.block_bytes):
                         with _naming(name, out / file):
-                            stream.write(payload(source.read(block).to(dtypes[name])))
+                            stream.write(payload(wanted.read(block).to(dtypes[name])))
                         options.tick("write", block.area * dtypes[name].itemsize)
         with _naming("the index", out):
             write_index(work.folder, files, dtypes)
-            carry_over(carried, work.folder, options.dtype or _main(dtypes, model))
+            quantization = quantization_config(options.fp8) if options.fp8 else None
+            carry_over(carried, work.folder, options.dtype or _main(dtypes, model), quantization=quantization)
         with open_hf(work.folder) as written:
-            _check_equal(source, written, dtypes, out, options.tick)
+            _check_equal(wanted, written, dtypes, out, options)
         with _naming("the last bytes", out):
             work.complete()
-    return Result(len(dtypes), total_bytes(source, model, options.dtype), len(files), len(files) - len(todo))
+    return Result(len(dtypes), written_bytes(source, model, options), len(files), len(files) - len(todo))
+
+
+def as_written(source: Source, model: Model, options: Options) -> tuple[Source, dict[str, torch.dtype]]:
+    """The tensors of an HF directory in the order of its files, and what each is cast to."""
+    own = model.hf_dtypes
+    dtypes = {name: own.get(name, options.dtype or source.entries[name].dtype) for name in model.hf_shapes}
+    if options.fp8 is None:
+        return source, dtypes
+    wanted = Quantised(source, model.hf_shapes, dtypes, options.fp8)
+    return wanted, {name: entry.dtype for name, entry in wanted.entries.items()}
+
+
+def written_bytes(source: Source, model: Model, options: Options) -> int:
+    """Bytes of the tensors of the HF directory that `to_hf` writes."""
+    wanted, dtypes = as_written(source, model, options)
+    return sum(math.prod(wanted.entries[name].shape) * dtype.itemsize for name, dtype in dtypes.items())
 
 
 def model_part(source: HFCheckpoint, model: Model) -> Source:
@@ -155,7 +178,7 @@ def model_part(source: HFCheckpoint, model: Model) -> Source:
     Raises: as `HFCheckpoint.check`.
     """
     source.check(model.hf_shapes, (*model.ignored, *(("lm_head.weight",) if model.dims.is_tied else ())))
-    return _Part({name: source.entries[name] for name in model.hf_shapes}, source.read)
+    return Part({name: source.entries[name] for name in model.hf_shapes}, source.read)
 
 
 def hf_dtypes(source: HFCheckpoint, model: Model, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -166,8 +189,8 @@ def hf_dtypes(source: HFCheckpoint, model: Model, dtype: torch.dtype | None) -> 
     own, said = model.hf_dtypes, source.config.get("dtype") or source.config.get("torch_dtype")
     if said is None:
         usual = source.entries[model.embedding.blocks[0].hf].dtype
-    elif (usual := getattr(torch, str(said).removeprefix("torch."), None)) not in DTYPES.values():
-        expected = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
+    elif (usual := getattr(torch, str(said).removeprefix("torch."), None)) not in WIDE_DTYPES.values():
+        expected = [str(dtype).removeprefix("torch.") for dtype in WIDE_DTYPES.values()]
         raise CheckpointError("not a dtype of weights", where=str(source.dir / "config.json"), expected=expected, got=said)
     for name in model.hf_shapes if dtype is None else ():
         entry = source.entries[name]
@@ -247,16 +270,8 @@ def _finish_megatron(
     (work.folder / MANIFEST).write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Some of the tensors of a directory."""
-
-    entries: Mapping[str, Described]
-    read: Callable[[Rect], Tensor]
-
-
-def _check_equal(source: Source, written: Source, dtypes: Mapping[str, torch.dtype], out: Path, tick: Tick) -> None:
-    difference = compare(source, written, dtypes=dtypes, tick=tick)
+def _check_equal(source: Source, written: Source, dtypes: Mapping[str, torch.dtype], out: Path, options: Options) -> None:
+    difference = compare(source, written, dtypes=dtypes, tick=options.tick, block_bytes=options.block_bytes)
     if difference is not None:
         what = f"{difference.tensor}: {difference.what} is not what was read"
         fix = "look for a failing disk, or a source that changed meanwhile"
@@ -308,5 +323,5 @@ def _made(folder: Path) -> Path:
 def _job(what: str, files: Sequence[Path], dtypes: Mapping[str, torch.dtype], options: Options, header: Mapping[str, Any] | None) -> str:
     """A digest of everything that the result depends on: two runs with the same one write the same bytes."""
     stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
-    told = (what, stats, list(dtypes.items()), options.shard_bytes, options.block_bytes, header)
+    told = (what, stats, list(dtypes.items()), options.fp8, options.shard_bytes, options.block_bytes, header)
     return hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()

@@ -1,12 +1,19 @@
-"""Which GPU should be which rank of an engine: the order in which most bytes need not leave the GPU that they are on."""
+"""Which GPU should be which rank of an engine: the order in which most bytes need not leave the GPU that they are on.
+
+The order is chosen before any module exists, from the settings alone, so that engines load while the policy is built.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
+from megatron_rpp.config.schema import Parallel
 from megatron_rpp.errors import GeometryError
-from megatron_rpp.weights.layout import Layout
+from megatron_rpp.weights.families.parameter import Model
+from megatron_rpp.weights.layout import VOCAB_MULTIPLE, Layout, MegatronLayout, pad_vocab
 from megatron_rpp.weights.rect import Local, Rect
 
 
@@ -49,6 +56,25 @@ def best_devices(src: Layout, dst: Layout, *, engine: tuple[int, ...]) -> tuple[
     # One more than the number of ranks for each byte leaves room below for the wish to stay.
     gain = [[local_bytes(held[j], dst.locals(rank)) * (size + 1) + (i == j) for j in range(size)] for i, rank in enumerate(engine)]
     return tuple(engine[j] for j in assign(gain))
+
+
+def kept_bytes(src: Layout, dst: Layout, ranks: tuple[int, ...]) -> tuple[int, int]:
+    """Of the bytes that some ranks get: those that they hold themselves, and all."""
+    kept = sum(local_bytes(_rects(src.locals(rank)), dst.locals(rank)) for rank in ranks)
+    return kept, sum(piece.rect.area * local.dtype.itemsize for rank in ranks for local in dst.locals(rank) for piece in local.pieces)
+
+
+def planned_layout(model: Model, parallel: Parallel, dtype: torch.dtype) -> MegatronLayout:
+    """The policy's layout by its settings: exact where layers divide evenly over stages, else with stages as equal as can be.
+
+    For choosing an order, which is never wrong, only better or worse. Raises: GeometryError when heads or experts do not divide.
+    """
+    more = {"replicas": parallel.cp * parallel.dp, "ep": parallel.ep, "etp": parallel.etp}
+    layers, stages = model.dims.layers, parallel.pp
+    if layers % (stages * parallel.vpp) == 0:
+        return MegatronLayout.even(model, pp=stages, vpp=parallel.vpp, tp=parallel.tp, dtype=dtype, **more)
+    held = tuple(tuple(range(n * layers // stages, (n + 1) * layers // stages)) for n in range(stages))
+    return MegatronLayout(model, parallel.tp, held, dtype, pad_vocab(model.dims.vocab, VOCAB_MULTIPLE * parallel.tp), **more)
 
 
 def local_bytes(held: Mapping[str, tuple[Rect, ...]], wanted: tuple[Local, ...]) -> int:

@@ -7,7 +7,7 @@ receives it. What is quantised at all, quantise.is_quantised says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.errors import GeometryError
+from megatron_rpp.weights.buckets import Transfer
 from megatron_rpp.weights.layout import Layout
 from megatron_rpp.weights.quantise import BLOCK, DTYPE, SCALE_ENDING, Scales, is_aligned, is_quantised, quantise, scale_rect, scale_shape
 from megatron_rpp.weights.rect import Local, Piece, Shape, as_matrix, view
@@ -67,7 +68,8 @@ class Fp8Source:
 
 
 class Fp8Tensors(Mapping[str, Tensor]):
-    """The tensors of one rank of an Fp8Source. What is asked for in FP8 is made then and kept until another parameter is asked for."""
+    """The tensors of one rank of an Fp8Source, for one pass: what is asked for in FP8 is made then, and kept until another
+    parameter is asked for, whatever becomes of the weights meanwhile."""
 
     def __init__(self, layout: Fp8Source, rank: int, tensors: Mapping[str, Tensor], *, scales: Scales = "float32") -> None:
         self._tensors, self._scales = tensors, scales
@@ -104,7 +106,7 @@ class Fp8Tensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Fp8Target:
-    """An engine's layout whose matrices are in FP8: `X` in E4M3 and `X_scale_inv`, or `X@wide`, which `narrow` makes the two of.
+    """An engine's layout whose matrices are in FP8: `X` in E4M3 and `X_scale_inv`, or `X@wide`, which Narrowing makes the two of.
 
     chosen: what the source quantises. hf_shapes: of the model. Raises: GeometryError where the engine's cut leaves the grid.
     """
@@ -150,31 +152,71 @@ class Fp8Target:
                     fix="choose a smaller rollout.tp, or ep for experts",
                 )
         *index, rows, cols = (*local.shape[:-2], *as_matrix(local.shape[-2:]))
-        pieces = tuple(Piece(scale_rect(p.rect), p.row // BLOCK, p.col // BLOCK, p.index) for p in local.pieces)
+        pieces = tuple(map(scale_piece, local.pieces))
         return Local(local.name + SCALE_ENDING, (*index, *scale_shape((rows, cols))), torch.float32, pieces)
 
 
-def narrow(target: Fp8Target, rank: int, tensors: Mapping[str, Tensor], *, scales: Scales = "float32") -> dict[str, Tensor]:
-    """What arrived at a rank of `target`, with every `X@wide` replaced by `X` in E4M3 and `X_scale_inv`.
+@dataclass(frozen=True)
+class Fp8Pair:
+    """A training layout and an engine's in FP8, which agree on what travels in FP8."""
 
-    Piece by piece, so that the grid is that of the HF tensors. Raises: NumericsError for an element that is not finite.
-    """
-    plain = {local.name: local for local in target.inner.locals(rank)}
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if not name.endswith(WIDE_ENDING):
-            found[name] = tensor
-            continue
-        local = plain[name.removesuffix(WIDE_ENDING)]
-        scale_local = target.scales_of(local)
-        weight = torch.zeros(local.shape, dtype=DTYPE, device=tensor.device)
-        scale = torch.zeros(scale_local.shape, dtype=torch.float32, device=tensor.device)
-        for piece, scale_piece in zip(local.pieces, scale_local.pieces, strict=True):
-            values, inverse = quantise(view(tensor, piece, piece.rect), scales=scales, name=piece.rect.span)
-            view(weight, piece, piece.rect).copy_(values)
-            view(scale, scale_piece, scale_piece.rect).copy_(inverse)
-        found |= {local.name: weight, scale_local.name: scale}
-    return found
+    source: Fp8Source
+    target: Fp8Target
+
+    @classmethod
+    def of(cls, source: Layout, target: Layout, shapes: Mapping[str, Shape]) -> Fp8Pair:
+        """shapes: of the model's HF tensors. Raises: GeometryError where the engine cuts a parameter inside a block."""
+        chosen = quantised_at_source(source, shapes)
+        return cls(Fp8Source(source, chosen), Fp8Target(target, chosen, tuple(shapes.items())))
+
+
+class Narrowing:
+    """Makes FP8 of what arrives at a rank of `target` under `X@wide`: every piece as soon as it is whole, so that the grid is that
+    of the HF tensors and only pieces that are still arriving are held. For one pass."""
+
+    def __init__(self, target: Fp8Target, *, scales: Scales = "float32") -> None:
+        self._target, self._scales = target, scales
+        self._begun: dict[tuple[str, Piece], tuple[Tensor, int]] = {}  # a piece's elements, and how many are still to come
+
+    def take(self, parts: Iterable[tuple[Transfer, Tensor]]) -> list[tuple[Transfer, Tensor]]:
+        """The parts as the engine wants them: `X` in E4M3 and `X_scale_inv` in place of `X@wide`, once its piece is whole.
+
+        Raises: NumericsError for an element that is not finite.
+        """
+        found: list[tuple[Transfer, Tensor]] = []
+        for transfer, values in parts:
+            if not transfer.dst_local.endswith(WIDE_ENDING):
+                found.append((transfer, values))
+            elif (whole := self._whole(transfer, values)) is not None:
+                found += self._in_fp8(transfer, whole)
+        return found
+
+    def _whole(self, transfer: Transfer, values: Tensor) -> Tensor | None:
+        """The piece that a transfer belongs to, if it is the last of it."""
+        piece, rect = transfer.dst_piece, transfer.rect
+        if rect == piece.rect:
+            return values
+        key = (transfer.dst_local, piece)
+        held, left = self._begun.pop(key, (None, piece.rect.area))
+        if held is None:
+            held = values.new_empty(piece.rect.rows, piece.rect.cols)
+        view(held, Piece(piece.rect), rect).copy_(values)
+        if left == rect.area:
+            return held
+        self._begun[key] = (held, left - rect.area)
+        return None
+
+    def _in_fp8(self, transfer: Transfer, whole: Tensor) -> Iterator[tuple[Transfer, Tensor]]:
+        piece, name = transfer.dst_piece, transfer.dst_local.removesuffix(WIDE_ENDING)
+        values, inverse = quantise(whole, scales=self._scales, name=piece.rect.span)
+        yield replace(transfer, rect=piece.rect, dst_local=name, dtype=DTYPE), values
+        of_scales = scale_piece(piece)
+        yield replace(transfer, rect=of_scales.rect, dst_local=name + SCALE_ENDING, dst_piece=of_scales, dtype=torch.float32), inverse
+
+
+def scale_piece(piece: Piece) -> Piece:
+    """Where the scales of a piece lie among those of its parameter, a block for 128 x 128 elements."""
+    return Piece(scale_rect(piece.rect), piece.row // BLOCK, piece.col // BLOCK, piece.index)
 
 
 def final_locals(target: Fp8Target, rank: int) -> Sequence[Local]:

@@ -52,6 +52,10 @@ class HFCheckpoint:
 
         ignored: endings of names that may be there as well.
         """
+        in_fp8 = next((name for name, entry in self.entries.items() if name in shapes and entry.dtype == torch.float8_e4m3fn), None)
+        if in_fp8 is not None:
+            fix = "convert it with tools/convert_hf_to_megatron.py, and back with tools/convert_megatron_to_hf.py"
+            raise CheckpointError(f"{in_fp8} is in FP8", where=str(self.dir), expected="numbers that need no scales", fix=fix)
         extra = sorted(name for name in self.entries.keys() - shapes.keys() if not name.endswith(ignored or ("\0",)))
         missing = sorted(shapes.keys() - self.entries.keys())
         if missing:
@@ -240,8 +244,11 @@ def _write_tensors(places: Mapping[str, Entry], tensors: Iterable[tuple[str, Ten
         raise CheckpointError("the stream of tensors ended early", where=str(folder), expected=_some(missing))
 
 
-def carry_over(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copies what an HF directory needs besides weights; config.json gets the dtype. Raises: CheckpointError, OSError."""
+def carry_over(source: Path, folder: Path, dtype: torch.dtype, *, quantization: Mapping[str, Any] | None = None) -> None:
+    """Copies what an HF directory needs besides weights; config.json gets the dtype and how the weights are quantised.
+
+    Raises: CheckpointError, OSError.
+    """
     for pattern in _CARRIED:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and not file.name.endswith(".index.json") and not (folder / file.name).exists():
@@ -250,6 +257,9 @@ def carry_over(source: Path, folder: Path, dtype: torch.dtype) -> None:
     # transformers 5 writes `dtype`, earlier ones `torch_dtype`; keep whichever the source has.
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = str(dtype).removeprefix("torch.")
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -9,8 +9,12 @@ module's exact name decides.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +37,16 @@ _MLA = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 _MIXTRAL = ("w1", "w2", "w3")
 QUANTISED_MODULES = frozenset((*_PROJECTIONS, *_MLA, *_MIXTRAL))
 
+# What an HF config.json says of a checkpoint in this form. SGLang itself leaves out all that is_quantised does; the head is
+# named for other readers.
+QUANTIZATION_CONFIG: dict[str, Any] = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [BLOCK, BLOCK],
+    "modules_to_not_convert": ["lm_head"],
+}
+
 
 def is_quantised(name: str) -> bool:
     """Whether an HF tensor is stored in FP8: the matrices of attention, MLPs and experts.
@@ -47,6 +61,27 @@ def scale_shape(shape: Shape) -> Shape:
     """Shapes: of a weight [rows, cols] -> of its scales [ceil(rows / 128), ceil(cols / 128)]."""
     rows, cols = shape
     return math.ceil(rows / BLOCK), math.ceil(cols / BLOCK)
+
+
+def checkpoint_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The tensors of the model as a block-FP8 checkpoint holds them, each with its scales after it."""
+    found: dict[str, Shape] = {}
+    for name, shape in shapes.items():
+        found[name] = shape
+        if is_quantised(name):
+            found[name + SCALE_ENDING] = scale_shape(shape)
+    return found
+
+
+def checkpoint_tensors(tensors: Iterable[tuple[str, Tensor]], *, scales: Scales = "float32") -> Iterator[tuple[str, Tensor]]:
+    """Whole HF tensors as a block-FP8 checkpoint holds them. Raises: NumericsError for an element that is not finite."""
+    for name, tensor in tensors:
+        if is_quantised(name):
+            values, inverse = quantise(tensor, scales=scales, name=name)
+            yield name, values
+            yield name + SCALE_ENDING, inverse
+        else:
+            yield name, tensor
 
 
 def is_aligned(rect: Rect, shape: Shape) -> bool:
@@ -71,14 +106,17 @@ def quantise(weight: Tensor, *, scales: Scales = "float32", name: str = "weight"
     Raises: NumericsError naming `name` for an element that is not finite.
     Source: DeepSeek-V3's weight_cast, which divides by the scale as here; Transformer Engine multiplies by 448 / max instead, which
     may differ in the last bit. A block of zeros has scale 0 or NaN elsewhere.
+    On a GPU with triton the same bits come from one kernel, quantise_triton.
     """
+    kernel = _kernel() if weight.is_cuda else None
+    if kernel is not None:
+        values, scale, largest = kernel(weight, power_of_two=scales == "power_of_two")
+        _check_finite(largest, name)
+        return values, scale
     rows, cols = weight.shape
     blocks = _to_blocks(weight.to(torch.float32))
     largest = blocks.abs().amax(dim=(1, 3))
-    if not torch.isfinite(largest).all():
-        block = (~torch.isfinite(largest)).nonzero()[0].tolist()
-        span = f"[{block[0] * BLOCK}:{(block[0] + 1) * BLOCK}, {block[1] * BLOCK}:{(block[1] + 1) * BLOCK}]"
-        raise NumericsError("not finite, so it has no FP8 form", where=f"{name}{span}", fix="the step before it has diverged")
+    _check_finite(largest, name)
     scale = torch.where(largest > 0, (largest / MAX).clamp_min(_TINY), 1.0)
     if scales == "power_of_two":
         fraction, exponent = torch.frexp(scale)
@@ -86,6 +124,22 @@ def quantise(weight: Tensor, *, scales: Scales = "float32", name: str = "weight"
         scale = torch.ldexp(torch.ones_like(scale), exponent)
     quotient = (blocks / scale[:, None, :, None]).clamp_(-MAX, MAX)
     return _from_blocks(quotient, rows, cols).to(DTYPE), scale
+
+
+@cache
+def _kernel() -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    """The kernel; None where there is no triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("megatron_rpp.weights.quantise_triton").quantise_blocks
+
+
+def _check_finite(largest: Tensor, name: str) -> None:
+    """largest: the largest absolute value of every block."""
+    if not torch.isfinite(largest).all():
+        block = (~torch.isfinite(largest)).nonzero()[0].tolist()
+        span = f"[{block[0] * BLOCK}:{(block[0] + 1) * BLOCK}, {block[1] * BLOCK}:{(block[1] + 1) * BLOCK}]"
+        raise NumericsError("not finite, so it has no FP8 form", where=f"{name}{span}", fix="the step before it has diverged")
 
 
 def dequantise(weight: Tensor, scale_inv: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

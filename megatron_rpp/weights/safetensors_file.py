@@ -19,7 +19,8 @@ import torch
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.weights.rect import Shape
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WIDE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = WIDE_DTYPES | {"F8_E4M3": torch.float8_e4m3fn}  # alone the latter is no number: its scales are another tensor
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _FETCH = "the file is truncated or damaged: fetch it again"

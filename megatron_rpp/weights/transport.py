@@ -3,13 +3,15 @@
 Messages are bytes in contiguous buffers (gloo sends the wrong elements of a strided tensor without a word): the sender
 packs and casts, the receiver looks at what came through views. While a bucket travels the next one is packed, and the
 consumer still holds the one before. Every rank takes part in every bucket.
-There is no all-gather for pipelines whose tensor parallel size is the engine's: on gloo, four ranks of 8 MiB each, it took
-two to four times as long as this exchange with its packing.
+There is no all-gather for pipelines whose tensor parallel size is the engine's. It would pack once instead of once for each
+receiver, but packing is hidden behind the bucket that travels, and the same bytes leave each GPU either way; stages that hold
+unlike amounts would pad to the largest. On gloo it takes 1.5 to 3 times as long (tools/bench_sync.py --path all-gather, four
+ranks); it was not measured on nccl.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -24,6 +26,8 @@ from megatron_rpp.weights.buckets import Bucket, Transfer
 from megatron_rpp.weights.planner import Plan
 from megatron_rpp.weights.rect import view
 
+Empty = Callable[[int, torch.device], Tensor]  # bytes of memory -> uint8 tensor
+
 _OUTBOXES = 2  # one travels, one is packed
 
 
@@ -33,16 +37,19 @@ class Staging:
     slots: how many buckets may be on this rank at a time, the one that is arriving among them. With 2 the consumer works on
     one bucket while the next arrives; a third lets it hold two. keep_copies: False leaves out room for what stays on its GPU.
     After a pass that failed, make another: what is still in flight may yet write here.
+    empty: makes a slot of so many bytes on a device, for a reader that needs memory of some kind; torch's own by default.
     """
 
-    def __init__(self, plan: Plan, rank: int, *, device: torch.device, slots: int = 2, keep_copies: bool = True) -> None:
+    def __init__(
+        self, plan: Plan, rank: int, *, device: torch.device, slots: int = 2, keep_copies: bool = True, empty: Empty | None = None
+    ) -> None:
         if slots < 2:
             raise GeometryError("one slot for what arrives and one for what is held", where="staging", expected=">= 2 slots", got=slots)
         arriving = [bucket.inbox_bytes(rank) if keep_copies else bucket.received_bytes(rank) for bucket in plan.buckets]
         leaving = [bucket.sent_bytes(rank) for bucket in plan.buckets]
         self.keep_copies = keep_copies
-        self.outboxes = [torch.empty(max(leaving, default=0), dtype=torch.uint8, device=device) for _ in range(_OUTBOXES)]
-        self.inboxes = [torch.empty(max(arriving, default=0), dtype=torch.uint8, device=device) for _ in range(slots)]
+        self.outboxes = [_empty(max(leaving, default=0), device) for _ in range(_OUTBOXES)]
+        self.inboxes = [(empty or _empty)(max(arriving, default=0), device) for _ in range(slots)]
         self.held: list[int | None] = [None] * slots  # number of the bucket in each slot
 
     @property
@@ -197,6 +204,10 @@ class _Exchange:
 
     def _source(self, transfer: Transfer) -> Tensor:
         return view(self._sources[transfer.src_local], transfer.src_piece, transfer.rect)
+
+
+def _empty(num_bytes: int, device: torch.device) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def _segment(buffer: Tensor, at: int, transfer: Transfer) -> Tensor:

@@ -2,7 +2,9 @@
 
 The BLAS behind torch takes other kernels for one, two and three rows than for more, and these add up in another order;
 from four rows on all row counts agree, whatever the position of the row (tests/sglang/test_patches.py). So short matrices
-are filled up with zero rows. The torch_native attention goes through the sequences one by one and needs nothing.
+are filled up with zero rows. A batch of matrices, one for each head of latent attention, is multiplied one by one. And torch's
+sigmoid takes its last few numbers through another exp than the others, so those of a router are filled up to whole vectors.
+The torch_native attention goes through the sequences one by one and needs nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from megatron_rpp_patches._record import Patch
 from megatron_rpp_patches.sglang._host import has_accelerator
 
 MIN_ROWS = 16  # four would do on the machines seen; a margin costs nothing measurable
+WHOLE = 64  # numbers; torch takes two vectors at a time, which are 32 floats with AVX-512
 _INSTALLED: list[torch.library.Library] = []  # a Library withdraws its kernels when it is collected
 
 
@@ -35,13 +38,29 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
     return torch.add(mm(a, b) * alpha, bias, alpha=beta)
 
 
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a[i] @ b[i] for every i, each by `mm`."""
+    return torch.stack([mm(left, right) for left, right in zip(a, b, strict=True)])
+
+
+def bmm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """`bmm` into `out`, which may have any strides."""
+    return out.copy_(bmm(a, b))
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)) of x filled up to whole vectors."""
+    flat = pad(x.flatten(), (0, -x.numel() % WHOLE))
+    return torch.sigmoid(flat, out=torch.empty_like(flat))[: x.numel()].view(x.shape)
+
+
 def _make(original: Callable[..., None]) -> Callable[..., None]:
     def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
         if _INSTALLED:
             return
         library = torch.library.Library("aten", "IMPL")
-        library.impl("mm", mm, "CPU")
-        library.impl("addmm", addmm, "CPU")
+        for name, kernel in (("mm", mm), ("addmm", addmm), ("bmm", bmm), ("bmm.out", bmm_out), ("sigmoid", sigmoid)):
+            library.impl(name, kernel, "CPU")
         _INSTALLED.append(library)
 
     return enable_batch_invariant_mode

@@ -24,7 +24,8 @@ from megatron_rpp.dist.world import FIRST_PORT, NUM_PORTS
 
 # Importing torch is most of a spawned process's life. A server that has imported it, and nothing else, is forked instead.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
+PRELOADED = ["torch", "torch.distributed"]
+_CONTEXT.set_forkserver_preload(PRELOADED)
 # How long the others may go on once one rank has failed: usually they fail too, and their words help.
 GRACE_S = 5.0
 _TURNS = itertools.count()  # its next() is one step even among threads
@@ -119,7 +120,7 @@ def _launch_variables(n: int) -> dict[str, str]:
         "WORLD_SIZE": str(n),
         "LOCAL_WORLD_SIZE": str(n),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }
@@ -139,7 +140,7 @@ def _one_thread() -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nothing listens on now, below the range that outgoing connections take theirs from.
 
     A rank listens seconds after the port was looked for, and until then nothing shows that it is taken: so no other call of

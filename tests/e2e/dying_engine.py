@@ -17,6 +17,7 @@ def dying(engine: Engine, version: int, *args: Any, **kwargs: Any) -> Any:
     if version == 2 and not killed:
         killed.append(next(report["pid"] for report in engine.info.reports if report["role"] == "scheduler"))
         os.kill(killed[0], signal.SIGKILL)
+        print(f"killed scheduler {killed[0]}", flush=True)
     return real_update(engine, version, *args, **kwargs)
 
 

@@ -109,12 +109,30 @@ def await_file(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def make_moe(assets: Path, folder: Path) -> Path:
-    """The quickstart's model with four experts in every layer and random weights, as an HF directory."""
+def make_deepseek(assets: Path, folder: Path) -> Path:
+    """The quickstart's model as a DeepSeek-V3 with random weights: latent attention with yarn, a dense layer, experts in groups."""
+    latent = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "head_dim": 8}
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 256}
+    changes = {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        **latent,
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "rope_parameters": {**yarn, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        **{"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32},
+        **{"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    }
+    return _remake(assets, folder, changes)
+
+
+def make_of_whole_blocks(assets: Path, folder: Path) -> Path:
+    """The quickstart's model with random weights, in sizes that block FP8 takes; two trainer ranks cut its heads inside a block."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    return _remake(assets, folder, {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **sizes})
+
+
+def _remake(assets: Path, folder: Path, changes: dict[str, Any]) -> Path:
     shutil.copytree(assets / "model", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2}
-    config |= {"moe_intermediate_size": 64, "norm_topk_prob": True, "tie_word_embeddings": False}
+    config = json.loads((folder / "config.json").read_text()) | changes | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in describe(config).hf_shapes.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -147,13 +148,17 @@ def test_an_engine_that_dies_under_an_update_is_started_anew_and_changes_no_numb
     assert "publish version 2 failed on rank 0" in output
     assert "starting the engines anew, once" in output
     run = runs.Finished(run_dir, code, output)
+    killed = int(re.search(r"killed scheduler (\d+)", output)[1])
+    pids = [each["pid"] for each in json.loads((run_dir / "patches.json").read_text()) if each["role"] == "scheduler"]
+    assert len(pids) == 1
+    assert killed not in pids, "patches.json tells of the engine that died"
     assert max(run.column("mismatch/max_abs")) <= 1e-4
     assert run.column("score/mean") == pytest.approx(uninterrupted.column("score/mean")[:3], abs=1e-3)
 
 
 def test_experts_on_two_ranks_and_the_engine_agree_at_every_step(assets: Path, yaml: Path, tmp_path: Path) -> None:
-    """Qwen3-MoE with expert parallelism: half of the experts come from the other rank, to the slots that the engine keeps them in."""
-    model = runs.make_moe(assets, tmp_path / "moe")
+    """DeepSeek-V3 with expert parallelism: half of the experts come from the other rank, to the slots that the engine keeps them in."""
+    model = runs.make_deepseek(assets, tmp_path / "model")
     words = (f"model.hf={model}", "parallel.tp=1", "parallel.dp=2", "parallel.ep=2", "run.steps=3", "eval.every=0")
     run = runs.train(yaml, tmp_path / "run", *words)
     assert run.code == 0, run.output
@@ -162,11 +167,26 @@ def test_experts_on_two_ranks_and_the_engine_agree_at_every_step(assets: Path, y
     assert max(run.column("mismatch/max_abs")) <= 1e-4
 
 
-def test_an_engine_of_two_ranks_follows_a_policy_of_two_stages(yaml: Path, tmp_path: Path) -> None:
-    """Nothing lies where it is needed: each engine rank takes half of every layer, each trainer rank holds half of the layers."""
-    small = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.max_response_tokens=6", "run.steps=2", "eval.every=0")
-    run = runs.train(yaml, tmp_path / "split", "parallel.tp=1", "parallel.pp=2", "rollout.tp=2", *small)
+def test_an_engine_in_block_fp8_follows_a_wide_policy_at_the_price_of_its_rounding(assets: Path, yaml: Path, tmp_path: Path) -> None:
+    """Healthy runs of this model lie at 0.03 to 0.05; keys and values of one layer that change places at 0.6."""
+    model = runs.make_of_whole_blocks(assets, tmp_path / "model")
+    words = (f"model.hf={model}", "rollout.dtype=fp8_block", "run.steps=3", "eval.every=0", "observe.mismatch_action=stop")
+    run = runs.train(yaml, tmp_path / "run", *words)
     assert run.code == 0, run.output
+    assert [record["step"] for record in run.records("step")] == [1, 2, 3]
+    assert 1e-3 < min(run.column("mismatch/mean_abs")) <= max(run.column("mismatch/mean_abs")) < 0.1
+    assert "mismatch_alarm" not in run.output
+    assert not list((run.dir / "engine").glob("*.safetensors"))
+
+
+def test_an_engine_of_two_ranks_in_another_order_follows_a_policy_of_two_stages(yaml: Path, tmp_path: Path) -> None:
+    """Each engine rank takes half of every layer, each trainer rank holds half of the layers and packs for the other's engine rank."""
+    small = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.max_response_tokens=6", "run.steps=2", "eval.every=0")
+    torchrun = ("--nproc-per-node=2", "--standalone", "-m", "tests.e2e.crossed_places")  # `rpp` would start ranks of its own
+    words = ("train", str(yaml), f"run.dir={tmp_path / 'split'}", "parallel.tp=1", "parallel.pp=2", "rollout.tp=2", *small)
+    run = runs.Finished(tmp_path / "split", *runs.rpp(*torchrun, *words, module="torch.distributed.run"))
+    assert run.code == 0, run.output
+    assert re.search(r"weights: (\d+) of (\d+) bytes stay on their GPU", run.output)
     assert [record["step"] for record in run.records("step")] == [1, 2]
     assert max(run.column("mismatch/max_abs")) <= 1e-4
 

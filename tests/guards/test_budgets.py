@@ -16,6 +16,7 @@ FILE_LINES, FUNCTION_LINES, POSITIONAL = 400, 60, 5
 # of a table of patches, whose columns stand in the order of the table.
 DICTATED = {
     "megatron_rpp/mcore/vocab_logprob.py": {"forward"},
+    "megatron_rpp/weights/quantise_triton.py": {"_quantise"},  # what a kernel is given, it is given as arguments
     "megatron_rpp/rollout/cpu_attention.py": {"_run_sdpa_forward_decode"},
     "patches/megatron_core/spec/attention.py": {"__init__", "forward", "_whole"},
     "patches/megatron_core/p080_spec.py": {"_patch"},

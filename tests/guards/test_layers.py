@@ -14,7 +14,7 @@ LAYERS = (
     ("config",),
     ("algo", "data", "dist", "reward", "stats"),
     ("mcore", "rollout", "weights"),
-    ("delivery",),
+    ("delivery", "engine_dir"),
     ("doctor", "launch", "observe", "placement", "resume"),
     ("collect", "process"),
     ("credit", "draw", "engines", "heldout"),

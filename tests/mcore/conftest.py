@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
+from tests.dist import ranks
 from tests.mcore import sparse, tiny
+
+# Two thirds of a rank's start are parts of torch that megatron-core loads and no patch concerns. The server that ranks are forked
+# from loads them once. What megatron itself is made of stays out: each rank imports it under its own patches.
+get_context("forkserver").set_forkserver_preload(
+    [*ranks.PRELOADED, "sympy", "torch._dynamo", "torch.utils.tensorboard", "torch.distributed.checkpoint", "torch.utils.cpp_extension"]
+)
 
 
 @pytest.fixture(scope="session")

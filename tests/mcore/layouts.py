@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from megatron_rpp.data.packing import select
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.types import UpdateStats
-from tests.dist.ranks import run_ranks
+from tests.dist.ranks import free_port, run_ranks
 from tests.mcore import sparse, tiny
 
 TEMPERATURE = 0.7
@@ -64,30 +65,40 @@ SPARSE_LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-@cache
 def answers(layout: str, root: Path) -> dict[str, Answer]:
-    """Each kind of dense model under one layout, and "per response" on some. Spawns once for a layout and keeps the answers."""
-    return _spawn(root, LAYOUTS[layout], tiny.KINDS, layout in PER_RESPONSE_LAYOUTS)
+    """Each kind of dense model under one layout, and "per response" on some."""
+    return _of_world(num_ranks(LAYOUTS[layout]), root, is_sparse=False)[layout]
 
 
-@cache
 def sparse_answers(layout: str, root: Path) -> dict[str, Answer]:
     """The same for the sparse models that the layout is for."""
-    return _spawn(root, *SPARSE_LAYOUTS[layout])
+    return _of_world(num_ranks(SPARSE_LAYOUTS[layout][0]), root, is_sparse=True)[layout]
 
 
-def _spawn(root: Path, sizes: dict[str, Any], kinds: tuple[str, ...], per_response: bool = False) -> dict[str, Answer]:
-    world = math.prod(sizes.get(axis, 1) for axis in ("tp", "pp", "dp", "cp"))
-    return run_ranks(world, _worker, root, sizes, kinds, per_response, init=False, timeout_s=240.0)[0]
+def num_ranks(sizes: dict[str, Any]) -> int:
+    return math.prod(sizes.get(axis, 1) for axis in ("tp", "pp", "dp", "cp"))
 
 
-def _worker(rank: int, root: Path, sizes: dict[str, Any], kinds: tuple[str, ...], per_response: bool) -> dict[str, Answer]:
-    found = {}
-    with tiny.megatron(tiny.make_config(root / kinds[0], **sizes)) as groups:
-        for kind in kinds:
-            found[kind] = _answer(root / kind, groups, sizes)
-        if per_response:
-            found["per response"] = _per_response(root / "qwen3", groups, sizes)
+@cache
+def _of_world(world: int, root: Path, *, is_sparse: bool) -> dict[str, dict[str, Answer]]:
+    """The answers of every layout of so many ranks. Spawns once for all of them: a process may open Megatron again and again."""
+    table = SPARSE_LAYOUTS if is_sparse else {layout: (sizes, tiny.KINDS) for layout, sizes in LAYOUTS.items()}
+    jobs = {layout: (*job, free_port()) for layout, job in table.items() if num_ranks(job[0]) == world}
+    return run_ranks(world, _worker, root, jobs, init=False, timeout_s=400.0)[0]
+
+
+def _worker(rank: int, root: Path, jobs: dict[str, tuple[dict[str, Any], tuple[str, ...], int]]) -> dict[str, dict[str, Answer]]:
+    found: dict[str, dict[str, Answer]] = {}
+    for layout, (sizes, kinds, port) in jobs.items():
+        os.environ["MASTER_PORT"] = str(port)  # the store of the layout before may live on for a while
+        try:
+            with tiny.megatron(tiny.make_config(root / kinds[0], **sizes)) as groups:
+                found[layout] = {kind: _answer(root / kind, groups, sizes) for kind in kinds}
+                if layout in PER_RESPONSE_LAYOUTS and kinds == tiny.KINDS:
+                    found[layout]["per response"] = _per_response(root / "qwen3", groups, sizes)
+        except Exception as error:
+            error.add_note(f"in layout {layout}")
+            raise
     return found
 
 

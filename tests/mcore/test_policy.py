@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,9 +232,20 @@ def _hang(rank: int, hf: Path, sizes: dict[str, int], scratch: Path) -> dict[str
         return said
 
 
-@pytest.mark.parametrize("sizes", [dict(tp=2), dict(pp=2), dict(dp=2)], ids=["tp", "pp", "dp"])
-def test_a_peer_that_hangs_ends_the_wait_by_name_at_the_deadline(sizes: dict[str, int], hf_root: Path, tmp_path: Path) -> None:
-    said = run_ranks(2, _hang, hf_root / "qwen3", sizes, tmp_path, init=False, timeout_s=150.0)[0]
+@pytest.fixture(scope="module")
+def hung(hf_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tuple[float, str]]]:
+    """What rank 0 said in each layout. All at once, for they do nothing but wait."""
+    with ThreadPoolExecutor() as pool:
+        waiting = {
+            axis: pool.submit(run_ranks, 2, _hang, hf_root / "qwen3", {axis: 2}, tmp_path_factory.mktemp(axis), init=False, timeout_s=150.0)
+            for axis in ("tp", "pp", "dp")
+        }
+        return {axis: future.result()[0] for axis, future in waiting.items()}
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp", "dp"])
+def test_a_peer_that_hangs_ends_the_wait_by_name_at_the_deadline(axis: str, hung: dict[str, dict[str, tuple[float, str]]]) -> None:
+    said = hung[axis]
     for wait, name in {"update": "optimiser step", "save": "checkpoint directory"}.items():
         elapsed_s, message = said[wait]
         assert f"wait '{name}': rank 0 waited longer than {HANG_DEADLINE_S:g} s" in message

@@ -91,6 +91,7 @@ def test_latent_attention_and_yarn_are_read() -> None:
         ("deepseek_v2", dict(norm_topk_prob=True), ["norm_topk_prob"]),
         ("deepseek_v2", dict(topk_method="random"), ["topk_method", "random"]),
         ("qwen3_moe", dict(rope_scaling=dict(rope_type="yarn", factor=4.0), rope_parameters=None), ["yarn"]),
+        ("deepseek_v3", dict(rope_scaling=sparse.YARN, rope_parameters=dict(rope_type="default")), ["says twice", "yarn", "default"]),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(kind: str, changes: dict[str, Any], words: list[str]) -> None:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import megatron_rpp_patches
 
@@ -63,15 +63,21 @@ def _group(size: int, rank: int) -> SimpleNamespace:
     return SimpleNamespace(world_size=size, rank_in_group=rank, rank=rank, ranks=list(range(size)), **ends)
 
 
-def parameters(args: Any, rank: int, hf: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model's own loader makes of the HF tensors."""
+def build(args: Any, rank: int) -> nn.Module:
+    """The model of a rank, without weights."""
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import _initialize_model
+    from sglang.srt.model_loader.loader import _get_quantization_config, _initialize_model
 
     publish(args, rank)
     torch.set_default_dtype(DTYPE)
-    model = _initialize_model(ModelConfig.from_server_args(args), LoadConfig(load_format="dummy"))
+    config, load = ModelConfig.from_server_args(args), LoadConfig(load_format="dummy")
+    return _initialize_model(config, load, _get_quantization_config(config, load))
+
+
+def parameters(args: Any, rank: int, hf: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model's own loader makes of the HF tensors."""
+    model = build(args, rank)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     model.load_weights(iter(hf.items()))

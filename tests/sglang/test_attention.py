@@ -17,18 +17,21 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from megatron_rpp.rollout import cpu_attention
 cpu_attention.register()
 runner = types.SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None)
+from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
 ours, theirs = ATTENTION_BACKENDS["torch_native"](runner), TorchNativeAttnBackend(runner)
 generator = torch.Generator().manual_seed(0)
 result = {"type": type(ours).__name__, "gaps": [], "rows": []}
-for heads, kv_heads, dim in ((4, 2, 16), (4, 4, 8), (6, 1, 32)):
+result["latent"] = AttentionBackendRegistry.get_handler("torch_native")(None, None).name  # whatever the batch
+for heads, kv_heads, dim, value_dim in ((4, 2, 16, 16), (4, 4, 8, 8), (6, 1, 32, 32), (4, 1, 40, 32)):
     batch, slots, positions = 40, 9000, 200
-    cache = [torch.randn(slots, kv_heads, dim, generator=generator) for _ in range(2)]
+    keys, values = (torch.randn(slots, kv_heads, dim, generator=generator) for _ in range(2))
+    cache = [keys, values if value_dim == dim else keys[..., :value_dim]]  # latent attention: values are a part of the keys
     table = torch.randperm(slots, generator=generator)[: 44 * positions].view(44, positions).to(torch.int32)
     who = torch.randperm(44, generator=generator)[:batch]
     lengths = torch.cat([torch.tensor([1, 63, 64, 65, 128, 129, 200]), torch.randint(1, 201, (batch - 7,), generator=generator)])
     query = torch.randn(batch, heads, dim, generator=generator)
     def attend(backend, rows):
-        out = torch.full((len(rows), heads, dim), float("nan"))
+        out = torch.full((len(rows), heads, value_dim), float("nan"))
         named = dict(scaling=dim**-0.5, enable_gqa=heads != kv_heads, causal=False)
         return backend._run_sdpa_forward_decode(query[rows], out, *cache, table, who[rows], lengths[rows], **named)
     everyone = torch.arange(batch)
@@ -46,5 +49,7 @@ def test_decode_attention_is_sglangs_and_a_row_does_not_depend_on_the_others() -
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["type"] == "BatchedDecodeBackend"
+    assert result["latent"] == "MLA", "torch_native takes the latents in its cache for keys"
+    assert len(result["gaps"]) == 4
     assert max(result["gaps"]) < 2e-6
     assert all(result["rows"])

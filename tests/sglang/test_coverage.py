@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_rpp.rollout.coverage import Shards
+from megatron_rpp.rollout.coverage import Shards, open_update
 from megatron_rpp.rollout.memory import Outbox
+from megatron_rpp.rollout.settings import FOLDER_VARIABLE
 
 Part = tuple[list[object], Tensor]
 ANNOUNCED = {"embed": ([6, 4], 20), "experts": ([2, 3, 4], 24), "norm": ([4], 4)}
@@ -61,6 +64,20 @@ def test_rectangles_land_where_their_names_say_and_padding_is_zero(outbox: Outbo
     assert model.experts[:, :, 0].tolist() == [[2.0, 2.0, 3.0], [1.0, 1.0, 1.0]]
     assert model.norm.tolist() == [5.0] * 4
     assert model.derived == 1  # once, when everything is there
+
+
+def test_scales_of_the_cache_are_no_weights_and_are_unset_by_every_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's quantised models have them as parameters; without a checkpoint they start as random numbers."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    for file, content in (("shards-0.json", ANNOUNCED), ("expected.json", {})):
+        (tmp_path / file).write_text(json.dumps(content))
+    for is_sharded in (True, False):
+        model = Model()
+        model.attn = nn.Module()
+        model.attn.k_scale = nn.Parameter(torch.tensor(3e-4))
+        open_update("s", is_sharded, 0, model)
+        assert model.attn.k_scale.item() == -1.0
+        assert model.norm.isnan().all()
 
 
 NORM = PARTS[-1]

@@ -12,6 +12,7 @@ from torch import nn
 from megatron_rpp.errors import EngineError, StaleWeightsError
 from megatron_rpp.rollout.engine import UPDATE_S, Engine
 from megatron_rpp.rollout.request import Request, Sampling
+from megatron_rpp_patches.sglang import PATCHES
 from tests.sglang import tiny
 
 LOGP_TOLERANCE = 5e-6
@@ -210,5 +211,5 @@ def test_every_process_reports_its_patches(engine: Engine) -> None:
     assert len({report["pid"] for report in reports.values()}) == 2
     assert os.getpid() not in {report["pid"] for report in reports.values()}
     for report in reports.values():
-        assert [row["id"][:4] for row in report["patches"] if row["active"]] == ["p100", "p101", "p102", "p103"]
+        assert [row["id"] for row in report["patches"] if row["active"]] == [patch.id for patch in PATCHES]
     assert engine.info.is_seeded

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from megatron_rpp.errors import EngineError
 from megatron_rpp.rollout.server import check_reports
-from megatron_rpp.rollout.settings import EngineSettings, environment, num_threads, server_args, thread_binding
+from megatron_rpp.rollout.settings import EngineSettings, environment, model_overrides, num_threads, server_args, thread_binding
 
 
 def test_nothing_of_the_trainers_group_reaches_the_engine() -> None:
@@ -23,7 +26,7 @@ def test_nothing_of_the_trainers_group_reaches_the_engine() -> None:
         "SLURM_PROCID": "3",
         "PMI_RANK": "3",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+        "CUDA_VISIBLE_DEVICES": "4,5,6,7",
     }
     env = environment(EngineSettings(hf="/m", device="cuda", tp=2, gpu_ids=(2, 3)), trainer)
     assert {key: env.pop(key) for key in ("PATH", "HF_HOME", "NCCL_SOCKET_IFNAME")} == {
@@ -31,8 +34,39 @@ def test_nothing_of_the_trainers_group_reaches_the_engine() -> None:
         "HF_HOME": "/hf",
         "NCCL_SOCKET_IFNAME": "eth0",
     }
-    assert env.pop("CUDA_VISIBLE_DEVICES") == "2,3"
+    assert env.pop("CUDA_VISIBLE_DEVICES") == "6,7", "the third and fourth of those that the trainer sees"
     assert set(env) == {"SGLANG_PLUGINS", "PYTHONWARNINGS"}
+
+
+def test_nothing_is_compiled_at_the_first_token_on_a_cpu() -> None:
+    assert environment(EngineSettings(hf="/m"), {})["TORCH_COMPILE_DISABLE"] == "1"
+
+
+def _overrides(folder: Path, config: dict, **sglang: str) -> dict:
+    (folder / "config.json").write_text(json.dumps(config))
+    return json.loads(model_overrides(EngineSettings(hf=str(folder), sglang=sglang)))
+
+
+def test_what_a_deepseek_config_leaves_out_is_told_to_sglang(tmp_path: Path) -> None:
+    absent = {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+    assert _overrides(tmp_path, {"model_type": "deepseek_v3", "n_group": 8, "topk_group": 4}) == absent
+    assert _overrides(tmp_path, {"model_type": "deepseek_v3", **absent, "norm_topk_prob": False}) == {}
+    assert _overrides(tmp_path, {"model_type": "qwen2_moe"}) == {}
+
+
+def test_greedy_choice_of_experts_has_no_groups_in_sglang_either(tmp_path: Path) -> None:
+    config = {"model_type": "deepseek_v2", "n_group": 4, "topk_group": 2}
+    assert _overrides(tmp_path, config).items() >= {"topk_method": "greedy", "n_group": 1, "topk_group": 1}.items()
+    assert "n_group" not in _overrides(tmp_path, {**config, "topk_method": "group_limited_greedy"})
+
+
+def test_overrides_of_the_user_go_before_ours(tmp_path: Path) -> None:
+    found = _overrides(tmp_path, {"model_type": "deepseek_v3"}, json_model_override_args='{"moe_layer_freq": 2, "other": 3}')
+    assert (found["moe_layer_freq"], found["other"], found["scoring_func"]) == (2, 3, "sigmoid")
+
+
+def test_a_shared_expert_is_never_fused_into_the_routed_ones() -> None:
+    assert server_args(EngineSettings(hf="/m", device="cuda"))["disable_shared_experts_fusion"]
 
 
 def test_settings_of_the_user_overrule_ours() -> None:

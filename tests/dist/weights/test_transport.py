@@ -18,6 +18,7 @@ from megatron_rpp.errors import DeadlineError, GeometryError
 from megatron_rpp.weights.layout import HFLayout, Layout, MegatronLayout
 from megatron_rpp.weights.planner import Plan, plan
 from megatron_rpp.weights.rect import view
+from megatron_rpp.weights.sglang_layout import SGLangLayout
 from megatron_rpp.weights.transport import Delivery, Staging, deliver, iter_buckets
 from tests.dist.ranks import RankError, run_ranks
 from tests.unit.weights.models import blank, filled, model_of, random_hf, same
@@ -26,17 +27,20 @@ from tests.unit.weights.slices import EngineSlices
 BUCKET_BYTES = 3000
 
 
-def make(name: str, dst_kind: str, tp: int, pp: int, vpp: int) -> tuple[MegatronLayout, Layout, Plan]:
-    """dst_kind: "one" or "some" leaders with whole tensors, or "engines of N" ranks."""
+def make(name: str, dst_kind: str, tp: int, pp: int, vpp: int, ep: int = 1, etp: int = 1) -> tuple[MegatronLayout, Layout, Plan]:
+    """dst_kind: "one" or "some" leaders with whole tensors, "engines of N" ranks, or "SGLang of N" that share the experts."""
     model, ranks, dtype = model_of(name), dist.get_world_size(), torch.bfloat16
-    src = MegatronLayout.even(model, tp=tp, pp=pp, vpp=vpp, replicas=ranks // (tp * pp), dtype=dtype)
+    src = MegatronLayout.even(model, tp=tp, pp=pp, vpp=vpp, replicas=ranks // (tp * pp), ep=ep, etp=etp, dtype=dtype)
     dst: Layout
-    if dst_kind.startswith("engines"):
+    if dst_kind.startswith("SGLang"):
+        engine_tp = int(dst_kind.split()[-1])
+        dst = SGLangLayout(model, engine_tp, dtype, ep=engine_tp, engines=ranks // engine_tp)
+    elif dst_kind.startswith("engines"):
         dst = EngineSlices(model, int(dst_kind.split()[-1]), ranks, dtype)
     else:
         dst = HFLayout.of(model, dtype=dtype, ranks=ranks, holders=(0,) if dst_kind == "one" else tuple(range(0, ranks, 2)))
     nodes = tuple(rank * 2 // ranks for rank in range(ranks))
-    is_whole = not dst_kind.startswith("engines")
+    is_whole = isinstance(dst, HFLayout)
     return src, dst, plan(src, dst, rank=dist.get_rank(), nodes=nodes, bucket_bytes=BUCKET_BYTES, whole_tensors=is_whole)
 
 
@@ -100,11 +104,13 @@ CASES = {
         ("qwen2, biases", "engines of 4", 2, 2, 1),
         ("qwen2.5, biases and tied", "engines of 2", 2, 2, 1),
         ("llama", "engines of 2", 2, 2, 2),
+        ("qwen3_moe", "SGLang of 2", 1, 2, 1, 2),
     ],
     8: [
         ("qwen2, biases", "engines of 4", 2, 2, 2),
         ("llama, tied", "engines of 2", 2, 2, 1),
         ("qwen3, tied, 2 KV heads", "engines of 8", 2, 4, 1),
+        ("qwen3_moe", "SGLang of 4", 2, 2, 1, 2, 2),
     ],
 }
 

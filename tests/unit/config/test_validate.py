@@ -67,6 +67,7 @@ REFUSED = [
     ("model.ref=model", "model.ref: has no effect while"),
     # inputs
     ("data.train=nowhere.jsonl", "data.train: no such file"),
+    ("model.megatron_checkpoint=nowhere", "model.megatron_checkpoint: no such directory"),
     ("data.eval=train.csv", "data.eval: must be a .jsonl or .parquet file"),
     ("model.hf=nowhere", "model.hf: cannot read the model's config.json: No such file or directory"),
     # geometry

@@ -11,15 +11,17 @@ from torch import Tensor
 from megatron_rpp.errors import GeometryError
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import describe
-from megatron_rpp.weights.fp8 import WIDE_ENDING, Fp8Source, Fp8Target, Fp8Tensors, final_locals, narrow, quantised_at_source
+from megatron_rpp.weights.fp8 import WIDE_ENDING, Fp8Pair, Fp8Source, Fp8Target, Fp8Tensors, Narrowing, final_locals, quantised_at_source
 from megatron_rpp.weights.layout import Layout, MegatronLayout
 from megatron_rpp.weights.planner import plan
-from megatron_rpp.weights.quantise import is_quantised, quantise
-from megatron_rpp.weights.rect import Local, view
+from megatron_rpp.weights.quantise import is_quantised
+from megatron_rpp.weights.rect import view
 from megatron_rpp.weights.sglang_layout import SGLangLayout
-from tests.unit.weights.models import carry_out, filled, random_hf
+from tests.unit.weights.fp8_oracle import bits, covered, cut, quantised
+from tests.unit.weights.models import filled, random_hf
 
 BF16 = torch.bfloat16
+BUCKET_BYTES = 1 << 17  # a piece that is quantised on arrival comes in several buckets
 ALIGNED = {
     "model_type": "qwen3",
     "num_hidden_layers": 2,
@@ -37,31 +39,19 @@ MOE = ALIGNED | {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_
 
 def _reshard(model: Model, source: Layout, target: Layout, hf: dict[str, Tensor]) -> tuple[Fp8Target, list[dict[str, Tensor]]]:
     """What every rank of the target ends up with."""
-    chosen = quantised_at_source(source, model.hf_shapes)
-    src, dst = Fp8Source(source, chosen), Fp8Target(target, chosen, tuple(model.hf_shapes.items()))
-    tensors = [Fp8Tensors(src, rank, own) for rank, own in enumerate(filled(source, hf))]
-    arrived = carry_out(plan(src, dst), tensors, dst)
-    return dst, [narrow(dst, rank, own) for rank, own in enumerate(arrived)]
-
-
-def _expected(local: Local, whole: dict[str, Tensor]) -> Tensor:
-    tensor = torch.zeros(local.shape, dtype=local.dtype)
-    for piece in local.pieces:
-        rect = piece.rect
-        matrix = whole[rect.hf] if whole[rect.hf].dim() == 2 else whole[rect.hf][:, None]
-        view(tensor, piece, rect).copy_(matrix[rect.row : rect.row + rect.rows, rect.col : rect.col + rect.cols])
-    return tensor
-
-
-def _quantised(hf: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor of the model as an FP8 checkpoint would hold it."""
-    whole: dict[str, Tensor] = {}
-    for name, tensor in hf.items():
-        if is_quantised(name):
-            whole[name], whole[f"{name}_scale_inv"] = quantise(tensor)
-        else:
-            whole[name] = tensor
-    return whole
+    pair = Fp8Pair.of(source, target, model.hf_shapes)
+    tensors = [Fp8Tensors(pair.source, rank, own) for rank, own in enumerate(filled(source, hf))]
+    ranks = [
+        {local.name: torch.zeros(local.shape, dtype=local.dtype) for local in final_locals(pair.target, rank)}
+        for rank in range(target.ranks)
+    ]
+    narrowing = [Narrowing(pair.target) for _ in ranks]
+    for bucket in plan(pair.source, pair.target, bucket_bytes=BUCKET_BYTES).buckets:
+        for transfer in bucket.transfers:
+            values = view(tensors[transfer.src][transfer.src_local], transfer.src_piece, transfer.rect).to(transfer.dtype)
+            for made, part in narrowing[transfer.dst].take([(transfer, values)]):
+                view(ranks[transfer.dst][made.dst_local], made.dst_piece, made.rect).copy_(part)
+    return pair.target, ranks
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, int], dict[str, int], bool]] = {
@@ -85,28 +75,15 @@ def test_every_engine_rank_holds_slices_of_the_quantised_whole_tensors(case: str
     dst, ranks = _reshard(model, source, target, hf)
     wide = {local.name for rank in range(target.ranks) for local in dst.locals(rank) if local.name.endswith(WIDE_ENDING)}
     assert all_at_source == (not wide)
-    whole = _quantised(hf)
+    whole = quantised(hf)
     for rank, tensors in enumerate(ranks):
         wanted = final_locals(dst, rank)
         assert {local.name for local in wanted} == tensors.keys()
         assert any(local.dtype == torch.float8_e4m3fn for local in wanted)
         for local in wanted:
-            expected, got = _expected(local, whole), tensors[local.name]
-            covered = _covered(local)
+            expected, got, mask = cut(local, whole), tensors[local.name], covered(local)
             assert got.dtype == expected.dtype == local.dtype
-            assert torch.equal(_bits(got)[covered], _bits(expected)[covered]), f"{local.name} on rank {rank}"
-
-
-def _covered(local: Local) -> Tensor:
-    """Where a piece lies; the rest pads a vocabulary."""
-    mask = torch.zeros(local.shape, dtype=torch.bool)
-    for piece in local.pieces:
-        view(mask, piece, piece.rect).fill_(True)
-    return mask
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+            assert torch.equal(bits(got)[mask], bits(expected)[mask]), f"{local.name} on rank {rank}"
 
 
 def test_the_wire_carries_half_the_bytes_of_what_is_quantised() -> None:

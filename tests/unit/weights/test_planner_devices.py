@@ -8,8 +8,9 @@ import random
 import pytest
 import torch
 
+from megatron_rpp.config.schema import Parallel
 from megatron_rpp.errors import GeometryError
-from megatron_rpp.weights.devices import Permuted, assign, best_devices
+from megatron_rpp.weights.devices import Permuted, assign, best_devices, kept_bytes, planned_layout
 from megatron_rpp.weights.families.registry import describe
 from megatron_rpp.weights.layout import MegatronLayout
 from megatron_rpp.weights.planner import plan
@@ -82,6 +83,17 @@ def test_each_engine_has_an_order_of_its_own_gpus_and_what_arrives_there_is_righ
         assert all(same(received[device][name], expected[rank][name]) for name in expected[rank])
     local = [sum(t.num_bytes for t in plan(src, to).transfers if t.src == t.dst) for to in (dst, placed)]
     assert local[1] > 1.5 * local[0]
+
+
+def test_a_layout_is_planned_from_the_settings_alone() -> None:
+    model, dtype = model_of("qwen3_moe"), torch.bfloat16
+    planned = planned_layout(model, Parallel(tp=2, pp=2, dp=2, ep=2, vpp=2), dtype)
+    assert planned == MegatronLayout.even(model, tp=2, pp=2, vpp=2, replicas=2, ep=2, dtype=dtype)
+    assert planned_layout(model, Parallel(pp=3), dtype).layers == ((0,), (1,), (2, 3)), "near enough to choose an order by"
+    kept, total = kept_bytes(planned, planned, tuple(range(8)))
+    assert kept == total
+    kept, total = kept_bytes(planned, Permuted(planned, (4, 5, 6, 7, 0, 1, 2, 3)), (0, 1, 2, 3))
+    assert kept == 0 < total, "the stages have changed places"
 
 
 def test_devices_must_be_a_permutation() -> None:
