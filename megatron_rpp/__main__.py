@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_rpp.config.geometry import num_ranks
 from megatron_rpp.config.load import load_with_lines
+from megatron_rpp.config.presets import PRESETS
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import Checked, validate
 from megatron_rpp.dist.world import World
@@ -174,10 +175,21 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     print(f"{options.config}: every setting holds")
     print(f"  {'model':30} {checked.hf.model_type}, {checked.hf.num_parameters:,} parameters, {cfg.model.dtype}")
     print(f"  {'roll-out':30} {_ROLLOUT_DTYPES[cfg.rollout.dtype].format(cfg.model.dtype)}")
+    for line in _preset_lines(cfg):
+        print(f"  {line}")
     for name, value in asdict(checked.geometry).items():
         print(f"  {name.replace('_', ' '):30} {' to '.join(map(str, value)) if isinstance(value, tuple) else value}")
     _print_warnings(checked)
     return 0
+
+
+def _preset_lines(cfg: Config) -> Iterator[str]:
+    """What the preset says, and where something written lies over it."""
+    named = [(section, name, value) for section, values in PRESETS.get(cfg.preset, {}).items() for name, value in values.items()]
+    for section, name, value in named:
+        found = getattr(getattr(cfg, section), name)
+        over = "" if found == value else f", over the preset's {value}"
+        yield f"{'preset ' + cfg.preset:30} {section}.{name}: {found}{over}"
 
 
 def _print_warnings(checked: Checked) -> None:

@@ -2,7 +2,7 @@
 
 A preset lies under whatever the user writes: a file that says `preset: dapo` and `algo: {clip_high: 0.3}` has DAPO's settings
 but for that bound. It says nothing about sizes (prompts, samples, tokens, learning rate), which belong to the model and the
-machine. `rpp check` prints where each setting comes from.
+machine. `rpp check` prints what it says and what lies over it.
 """
 
 from __future__ import annotations

@@ -36,6 +36,13 @@ def test_check_prints_what_follows_from_the_settings(project: Path, capsys: pyte
     assert output.err == "warning: 64 prompts do not divide into algo.minibatches 3: optimiser steps differ in size\n"
 
 
+def test_check_prints_what_a_preset_says_and_what_lies_over_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    assert main(["check", str(project), "preset=dapo", "algo.clip_high=0.3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  preset dapo                    algo.estimator: grpo" in lines
+    assert "  preset dapo                    algo.clip_high: 0.3, over the preset's 0.28" in lines
+
+
 @pytest.mark.parametrize("command", ["check", "train", "sft", "eval"])
 def test_wrong_settings_are_one_message_and_exit_code_2(command: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     assert main([command, str(project), "optim.lrr=1"]) == 2
