@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_rpp.algo import correction, credit_stats, shaping
 from megatron_rpp.algo.advantage import NORMALISED, AdvantageStats, compute_advantages
-from megatron_rpp.algo.aggregate import masked_sum
 from megatron_rpp.algo.baselines import Scores
 from megatron_rpp.algo.gae import critic_returns
 from megatron_rpp.algo.returns import kl_penalties, kl_per_token
@@ -24,8 +23,8 @@ from megatron_rpp.data.packing import assign_ranks
 from megatron_rpp.dist.collectives import all_gather, gather_objects, sum_float64
 from megatron_rpp.dist.float8 import gathers_float8
 from megatron_rpp.dist.groups import Groups
-from megatron_rpp.stats.moments import whiten
-from megatron_rpp.types import Group, PackedBatch
+from megatron_rpp.stats.moments import distributed_moments, whiten
+from megatron_rpp.types import Group, PackedBatch, Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +100,20 @@ class Credit:
             is_truncated_S=torch.tensor([response.is_truncated for _, response in flat], dtype=torch.bool),
         )
         if algo.estimator == "remax":
-            scores = replace(scores, greedy_P=torch.tensor([group.greedy.score for group in groups_P], dtype=torch.float64))
+            scores = replace(scores, greedy_P=self._greedy_scores([group.greedy for group in groups_P]))
         if algo.estimator == "rloo" and algo.kl_reward_coef != 0.0:
             scores = replace(scores, penalty_S=self._penalties(batch, groups_P, algo))
         return scores
+
+    def _greedy_scores(self, greedy_P: Sequence[Response]) -> Tensor:
+        """Shaped as the sampled responses' are, so that the same response is worth the same on both sides."""
+        return shaping.shaped(
+            torch.tensor([response.score for response in greedy_P], dtype=torch.float64),
+            torch.tensor([len(response.tokens) for response in greedy_P], dtype=torch.int64),
+            torch.tensor([response.is_truncated for response in greedy_P], dtype=torch.bool),
+            self._cfg.reward,
+            max_tokens=self._cfg.rollout.max_response_tokens,
+        )
 
     def _penalties(self, batch: PackedBatch, groups_P: Sequence[Group], algo: Algo) -> Tensor:
         """The KL penalty of every response of the step, in their global order."""
@@ -115,10 +124,8 @@ class Credit:
         return torch.tensor([next(rest[owner]) for owner in owners], dtype=torch.float64)
 
     def _mean(self, x_T: Tensor, mask_T: Tensor) -> float:
-        """Over the masked tokens of all ranks."""
-        sums = torch.stack([masked_sum(x_T.double(), mask_T), mask_T.sum().double()])
-        total, count = sum_float64(sums, self._groups.dp, name="KL of all ranks", deadline_s=self._deadline_s).tolist()
-        return total / max(count, 1.0)
+        """Over the masked tokens of all ranks, the same bits however they are split: a KL coefficient may follow it."""
+        return distributed_moments(x_T, mask_T, self._groups.dp, name="KL of all ranks", deadline_s=self._deadline_s).mean
 
     def _metrics(self, stats: AdvantageStats, corrected: correction.Corrected) -> dict[str, float]:
         group, wait = self._groups.dp, {"deadline_s": self._deadline_s}

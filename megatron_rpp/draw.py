@@ -39,8 +39,8 @@ class Drawn:
 
 
 def is_informative(group: Group) -> bool:
-    """Whether the raw scores of a prompt's responses differ."""
-    scores = [response.score for response in group.responses]
+    """Whether the raw scores of a prompt's responses differ, that of the greedy one among them where there is one."""
+    scores = [response.score for response in (*group.responses, *([group.greedy] if group.greedy is not None else []))]
     return max(scores) > min(scores)
 
 
@@ -58,15 +58,13 @@ def draw(prompts: PromptStream, collect: Collect, rollout: Rollout, *, least: in
         return Drawn(tuple(sampled), tuple(sampled), 0)
     kept, refills = [group for group in sampled if is_informative(group)], 0
     while len(kept) < wanted and refills < rollout.max_refills:
-        seen = {group.prompt.uid for group in sampled}
-        missing = wanted - len(kept)
+        seen = frozenset(group.prompt.uid for group in sampled)
         share = max(len(kept) / len(sampled), 1 / MAX_OVERDRAW)
-        taken = prompts.take(min(math.ceil(missing / share), wanted, len(prompts)))
-        fresh = [prompt for prompt in taken if prompt.uid not in seen]
-        if not fresh:
+        count = min(math.ceil((wanted - len(kept)) / share), wanted, prompts.num_without(seen))
+        if count == 0:
             break  # the whole set has been drawn
         refills += 1
-        groups = collect(fresh, refills)
+        groups = collect(prompts.take(count, without=seen), refills)
         sampled += groups
         kept += [group for group in groups if is_informative(group)]
     others = [group for group in sampled if not is_informative(group)]

@@ -80,9 +80,6 @@ class Improved:
     policy: UpdateStats | None
     critic: UpdateStats | None
 
-    def __iter__(self) -> Iterator[UpdateStats]:
-        return (stats for stats in (self.critic, self.policy) if stats is not None)
-
 
 class Session:
     """Made by `Session.open`. Every method is called by every rank alike."""
@@ -215,13 +212,13 @@ class Session:
         drawn = draw(self._prompts, collect, rollout, least=self.cfg.algo.minibatches)
         if len(drawn.kept) < rollout.prompts_per_step:
             found = f"{len(drawn.kept)} of {rollout.prompts_per_step} prompts after {drawn.refills} refills"
-            self.log.warn(f"step {step}: {found}; the scores differ in {drawn.informative_frac:.0%} of the sampled groups")
+            self.log.say(f"        step {step}: {found}; the scores differ in {drawn.informative_frac:.0%} of the sampled groups")
         return drawn
 
     def admit(self, groups: Sequence[Group], *, version: int) -> None:
         """Raises: StaleWeightsError for a response that other weights than `version` wrote."""
         for group in groups:
-            for response in group.responses:
+            for response in (*group.responses, *([group.greedy] if group.greedy is not None else [])):
                 if response.version != version:
                     raise StaleWeightsError(
                         "a response was written by other weights",
@@ -264,18 +261,11 @@ class Session:
         value = policy = None
         if self.critic is not None:
             value = self.critic.update(credit.batch, credit.return_T, minibatches=algo.minibatches, value_clip=cfg.critic.value_clip)
+            _check_finite(value, f"step {step}, critic", "critic.lr")
         if self.critic is None or step > cfg.critic.warmup_steps:
             policy = self.policy.update(credit.batch, credit.adv_T, algo, temperature=cfg.rollout.temperature)
-        update = Improved(policy, value)
-        for stats in update:
-            if not stats.is_finite:
-                raise NumericsError(
-                    "the loss or its gradient is not finite; the weights of the step before are kept",
-                    where=f"step {step}, {'critic' if stats is value else 'policy'}",
-                    got=f"loss {stats.loss}, gradient norm {stats.grad_norm}",
-                    fix="lower optim.lr or optim.clip_grad; the last checkpoint is whole",
-                )
-        return update
+            _check_finite(policy, f"step {step}, policy", "optim.lr")
+        return Improved(policy, value)
 
     def adapt_kl(self, drawn: Drawn, credit: Credited, update: Improved) -> None:
         """Move the KL coefficient towards algo.kl_target, by the divergence that it was paid for."""
@@ -292,8 +282,8 @@ class Session:
         self.algo = replace(self.algo, **{name: coef})
 
     def record(self, step: int, drawn: Drawn, credit: Credited, *, mismatch: Mismatch, update: Improved) -> None:
-        """One record and one row. Scores and lengths are those of everything that was sampled, kept or not."""
-        values = rollout_metrics(drawn.sampled) | credit.metrics
+        """One record and one row."""
+        values = rollout_metrics(drawn.sampled, drawn.kept) | credit.metrics
         values |= {f"mismatch/{name}": float(value) for name, value in asdict(mismatch).items() if name != "num_tokens"}
         if self.cfg.rollout.keep_groups == "informative":
             values |= {"draw/refills": drawn.refills, "draw/kept_groups": len(drawn.kept), "draw/informative_frac": drawn.informative_frac}
@@ -306,7 +296,8 @@ class Session:
             values |= {f"critic/{name}": getattr(update.critic, name) for name in ("loss", "grad_norm")}
             values |= {f"critic/{name}": value for name, value in update.critic.values.items()}
         spent = self.clock.take()
-        spent["tokens_per_s"] = values["batch/response_tokens"] / max(spent.get("rollout_s", 0.0), 1e-9)
+        sampled_tokens = sum(len(response.tokens) for group in drawn.sampled for response in group.responses)
+        spent["tokens_per_s"] = sampled_tokens / max(spent.get("rollout_s", 0.0), 1e-9)
         self.log.step(step, values, timing=spent)
 
     # -- evaluation and checkpoints ---------------------------------------------------------------------------------
@@ -362,6 +353,16 @@ def open_reference(process: Process) -> Policy | None:
     if algo.kl_reward_coef == 0 and algo.kl_loss_coef == 0:
         return None
     return open_policy(process, trainable=False, hf=process.cfg.model.ref or process.cfg.model.hf)[0]
+
+
+def _check_finite(update: UpdateStats, where: str, rate: str) -> None:
+    if not update.is_finite:
+        raise NumericsError(
+            "the loss or its gradient is not finite; nothing of this step is published or saved",
+            where=where,
+            got=f"loss {update.loss}, gradient norm {update.grad_norm}",
+            fix=f"lower {rate} or optim.clip_grad; the last checkpoint is whole",
+        )
 
 
 def first_algo(cfg: Config) -> Algo:

@@ -72,9 +72,9 @@ def kl_loss(name: KlLossName, logp_new_T: Tensor, logp_ref_T: Tensor, log_ratio_
 def adapted_coef(coef: float, *, kl: float, target: float, num_samples: int, horizon: int) -> float:
     """The KL coefficient for the next step: up when the policy is farther from the reference than `target`, else down.
 
-    coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon)
+    coef * (1 + clip(kl / target - 1, -0.2, 0.2) * min(num_samples / horizon, 1))
     Units: kl and target in nats for a token, estimated in the same way; num_samples and horizon in responses.
     Source: Ziegler et al. arXiv 1909.08593 section 2.2; the same in OpenRLHF and verl.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return coef * (1.0 + error * num_samples / horizon)
+    return coef * (1.0 + error * min(num_samples / horizon, 1.0))  # a batch larger than the horizon must not turn the sign

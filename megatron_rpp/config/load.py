@@ -3,9 +3,10 @@
 A file may start from others with `extends: base.yaml` (or a list; later ones win, then the file itself); sections merge,
 lists and values replace. `preset: NAME` puts a paper's settings (presets.py) under all of them.
 
-Paths of inputs (model.hf, model.ref, model.megatron_checkpoint, data.train, data.eval, sft.train) are relative to the file that they
-are written in, so that an example runs from any directory; given on the command line they are relative to the working directory, as
-a shell user expects. Paths of outputs (run.dir, sft.out) are always relative to the working directory. All are absolute in the result.
+Paths of inputs (model.hf, model.ref, model.megatron_checkpoint, critic.hf, data.train, data.eval, sft.train) are relative to the file
+that they are written in, so that an example runs from any directory; given on the command line they are relative to the working
+directory, as a shell user expects. Paths of outputs (run.dir, sft.out) are always relative to the working directory. All are absolute
+in the result.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.errors import ConfigError
 
 COMMAND_LINE = "command line"
-_INPUTS = (("model", "hf"), ("model", "ref"), ("model", "megatron_checkpoint"), ("data", "train"), ("data", "eval"), ("sft", "train"))
+_INPUTS = (("model", "hf"), ("model", "ref"), ("model", "megatron_checkpoint"), ("critic", "hf"))
+_INPUTS += (("data", "train"), ("data", "eval"), ("sft", "train"))
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -93,7 +95,10 @@ def _read_with_bases(path: Path, users: tuple[Path, ...]) -> tuple[dict[str, Any
 def _over_preset(tree: dict[str, Any], lines: dict[KeyPath, str]) -> dict[str, Any]:
     """The settings with those of the preset, where one is named, under them. An unknown name is left for decode to explain."""
     name = tree.get("preset")
-    below = PRESETS.get(name, {}) if isinstance(name, str) else {}
+    below = dict(PRESETS.get(name, {})) if isinstance(name, str) else {}
+    correction, its_own = tree.get("correction"), below.get("correction")
+    if its_own is not None and isinstance(correction, dict) and correction.get("kind", its_own["kind"]) != its_own["kind"]:
+        del below["correction"]  # the bounds of one kind mean nothing to another
     for section, values in below.items():
         for setting in values:
             lines.setdefault((section, setting), f"preset {name}")

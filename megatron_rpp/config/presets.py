@@ -14,7 +14,8 @@ from megatron_rpp.config.schema import PresetName
 Tree = dict[str, Any]
 
 PRESETS: dict[PresetName, Tree] = {
-    # arXiv 2501.03262 Eq. 1, 4, 5: k1 in the reward, no group. beta 0.001 is v1's Table 1 for mathematics; v9 prints none.
+    # arXiv 2501.03262 Eq. 4, 5: k1 in the reward, no group. The token mean is that of the authors' code; Eq. 1 has one by response.
+    # beta 0.001 is v1's Table 1 for mathematics; v9 prints none.
     "reinforce_pp": {"algo": {"estimator": "reinforce_pp", "kl_reward_coef": 1e-3, "kl_reward": "k1"}},
     # arXiv 2501.03262 Eq. 6 to 8: group mean, k2 as a loss. lambda is not printed there; 1e-5 is the authors' recipe (OpenRLHF).
     "reinforce_pp_baseline": {"algo": {"estimator": "reinforce_pp_baseline", "kl_loss_coef": 1e-5, "kl_loss": "k2_unbiased"}},

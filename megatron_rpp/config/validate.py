@@ -18,7 +18,7 @@ from megatron_rpp.config.hf_shape import HfShape, read_hf_shape
 from megatron_rpp.config.options import option_problems
 from megatron_rpp.config.problems import Problem, refuse
 from megatron_rpp.config.schema import Config, Parallel
-from megatron_rpp.config.validate_algo import algo_problems, algo_warnings
+from megatron_rpp.config.validate_algo import algo_problems, algo_warnings, effect_problems
 from megatron_rpp.errors import ConfigError, GeometryError
 from megatron_rpp.host import num_gpus
 
@@ -47,7 +47,10 @@ def validate(
     Raises: ConfigError, or GeometryError when only layouts are wrong, with one line for each broken rule.
     """
     lines = lines or {}
-    problems = [*_bounds(cfg), *_ranges(cfg), *_without_effect(cfg), *algo_problems(cfg), *_inputs(cfg), *option_problems(cfg)]
+    problems = [*_bounds(cfg), *_ranges(cfg), *_without_effect(cfg), *algo_problems(cfg)]
+    # What a preset sets may be without effect where something written lies over another part of it.
+    problems += [problem for problem in effect_problems(cfg) if not lines.get(problem.path, "").startswith("preset ")]
+    problems += [*_inputs(cfg), *option_problems(cfg)]
     problems += _sft(cfg) if for_sft else ()
     hf: HfShape | None = None
     try:
@@ -140,6 +143,8 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
             yield Problem(name, f"must be a .jsonl or .parquet file, got {path}")
         elif path is not None and not path.is_file():
             yield Problem(name, f"no such file: {path}")
+    if cfg.critic.hf is not None and not (cfg.critic.hf / "config.json").is_file():
+        yield Problem("critic.hf", f"no config.json in {cfg.critic.hf}")
     checkpoint = cfg.model.megatron_checkpoint
     if checkpoint is not None and not checkpoint.is_dir():
         yield Problem("model.megatron_checkpoint", f"no such directory: {checkpoint}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_rpp.config.problems import Problem
-from megatron_rpp.config.schema import Config, Correction, Critic
+from megatron_rpp.config.schema import Algo, Config, Correction, Critic
 
+MAX_LIMBS = 8  # of stats/wire.py
 # What a response is compared with in these is its own group.
 NEED_GROUPS = ("reinforce_pp_baseline", "rloo", "grpo", "dr_grpo")
 
@@ -17,7 +18,7 @@ def algo_problems(cfg: Config) -> Iterator[Problem]:
     yield from _groups(cfg)
     yield from _truncation(cfg)
     yield from _correction(cfg.correction)
-    yield from _without_effect(cfg)
+    yield from _models(cfg)
 
 
 def algo_warnings(cfg: Config) -> Iterator[str]:
@@ -31,6 +32,8 @@ def algo_warnings(cfg: Config) -> Iterator[str]:
         yield "algo.kl_loss k1 has an expected gradient of 0: it pulls nowhere; k1_unbiased or k2_unbiased do"
     if algo.kl_reward_coef > 0 and algo.kl_reward != "k1":
         yield f"algo.kl_reward {algo.kl_reward} is never negative, so it lowers long responses; k1 is the one whose sum is a divergence"
+    if rollout.keep_groups == "informative" and algo.estimator in ("reinforce_pp", "gae"):
+        yield f"rollout.keep_groups informative leaves out prompts that algo.estimator {algo.estimator} would learn from"
     if algo.loss == "reinforce" and algo.minibatches > 1:
         yield f"algo.loss reinforce has no ratio: from the second of {algo.minibatches} minibatches on its gradient is of another policy"
     if algo.loss == "gspo" and max(algo.clip_low, algo.clip_high) > 0.01:
@@ -55,6 +58,8 @@ def _ranges(cfg: Config) -> Iterator[Problem]:
         yield Problem("algo.dual_clip", f"must be more than 1, got {algo.dual_clip}; set e.g. 3.0")
     if algo.reward_clip is not None and not algo.reward_clip[0] < algo.reward_clip[1]:
         yield Problem("algo.reward_clip", f"must be [lowest, highest], got {list(algo.reward_clip)}")
+    if cfg.stats.limbs is not None and cfg.stats.limbs > MAX_LIMBS:
+        yield Problem("stats.limbs", f"must be at most {MAX_LIMBS}, which carry a float64, got {cfg.stats.limbs}")
     if algo.kl_target is not None and (algo.kl_reward_coef > 0) == (algo.kl_loss_coef > 0):
         got = f"{algo.kl_reward_coef} and {algo.kl_loss_coef}"
         yield Problem("algo.kl_target", f"moves the one of algo.kl_reward_coef and algo.kl_loss_coef that is not 0, got {got}")
@@ -65,7 +70,7 @@ def _groups(cfg: Config) -> Iterator[Problem]:
     if estimator in NEED_GROUPS and samples == 1:
         message = f"algo.estimator {estimator} compares the responses to a prompt, which leaves nothing of a single one"
         yield Problem("rollout.samples_per_prompt", f"{message}; set at least 2, or algo.estimator: reinforce_pp")
-    if cfg.rollout.keep_groups == "informative" and samples == 1:
+    if cfg.rollout.keep_groups == "informative" and samples == 1 and estimator != "remax":
         yield Problem("rollout.keep_groups", "a prompt with one response never has differing scores; raise rollout.samples_per_prompt")
 
 
@@ -91,12 +96,23 @@ def _correction(correction: Correction) -> Iterator[Problem]:
         yield Problem("correction.low", f"0 drops no small weight, and {correction.kind} means to; set e.g. 0.5, or correction.kind: tis")
 
 
-def _without_effect(cfg: Config) -> Iterator[Problem]:
-    algo, stats = cfg.algo, cfg.stats
-    if algo.estimator != "gae" and cfg.critic != Critic():
-        yield Problem("critic", f"is there for algo.estimator gae only, got {algo.estimator}")
+def _models(cfg: Config) -> Iterator[Problem]:
+    algo, megatron = cfg.algo, cfg.model.megatron
     if algo.estimator == "gae" and cfg.model.megatron_checkpoint is not None and cfg.critic.hf is None:
         yield Problem("critic.hf", "model.megatron_checkpoint has no weights for a critic; set the HF directory that it starts from")
+    if algo.estimator == "gae" and cfg.critic.warmup_steps >= cfg.run.steps:
+        yield Problem("critic.warmup_steps", f"leaves the policy none of the {cfg.run.steps} steps, got {cfg.critic.warmup_steps}")
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        if megatron.get(name) and algo.aggregate != "token_mean":
+            message = "Megatron scales it by tokens, and the loss is divided by responses"
+            yield Problem(f"model.megatron.{name}", f"{message} (algo.aggregate {algo.aggregate}); set 0, or algo.aggregate: token_mean")
+
+
+def effect_problems(cfg: Config) -> Iterator[Problem]:
+    """Settings that nothing would read."""
+    algo, stats, plain = cfg.algo, cfg.stats, Algo()
+    if algo.estimator != "gae" and cfg.critic != Critic():
+        yield Problem("critic", f"is there for algo.estimator gae only, got {algo.estimator}")
     if algo.estimator != "gae" and (algo.gae_lambda != 1.0 or algo.gae_length_alpha is not None):
         yield Problem("algo.gae_lambda", f"and gae_length_alpha are there for algo.estimator gae only, got {algo.estimator}")
     if algo.gae_length_alpha is not None and algo.gae_lambda != 1.0:
@@ -105,9 +121,23 @@ def _without_effect(cfg: Config) -> Iterator[Problem]:
         yield Problem("algo.grpo_std", f"and its settings are there for algo.estimator grpo only, got {algo.estimator}")
     if algo.dual_clip is not None and algo.loss != "ppo_clip":
         yield Problem("algo.dual_clip", f"bounds the ratio of algo.loss ppo_clip only, got {algo.loss}")
+    if algo.loss == "reinforce" and (algo.clip_low, algo.clip_high) != (plain.clip_low, plain.clip_high):
+        yield Problem("algo.clip_low", "and clip_high bound a ratio, which algo.loss reinforce has none of")
     if algo.aggregate_tokens is not None and algo.aggregate != "constant_length":
         yield Problem("algo.aggregate_tokens", f"is the length of algo.aggregate constant_length, got {algo.aggregate}")
+    if algo.kl_loss != plain.kl_loss and algo.kl_loss_coef == 0:
+        yield Problem("algo.kl_loss", "has no effect while algo.kl_loss_coef is 0")
+    if algo.kl_reward != plain.kl_reward and algo.kl_reward_coef == 0:
+        yield Problem("algo.kl_reward", "has no effect while algo.kl_reward_coef is 0")
+    if algo.kl_horizon != plain.kl_horizon and algo.kl_target is None:
+        yield Problem("algo.kl_horizon", "has no effect without algo.kl_target")
+    if cfg.reward.overlong_penalty != 1.0 and cfg.reward.overlong_frac == 0:
+        yield Problem("reward.overlong_penalty", "has no effect while reward.overlong_frac is 0")
+    if cfg.rollout.max_refills != 3 and cfg.rollout.keep_groups == "all":
+        yield Problem("rollout.max_refills", "has no effect with rollout.keep_groups: all")
     if stats.limbs is not None and stats.wire != "fp8":
         yield Problem("stats.limbs", f"counts the FP8 numbers of stats.wire fp8, got {stats.wire}")
+    if stats.scope == "domain" and cfg.data.domain_key is None:
+        yield Problem("stats.scope", "domain needs data.domain_key to tell one from another")
     if cfg.model.ref is not None and algo.kl_reward_coef == algo.kl_loss_coef == 0:
         yield Problem("model.ref", "has no effect while algo.kl_reward_coef and algo.kl_loss_coef are 0")

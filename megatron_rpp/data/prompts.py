@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,22 +169,39 @@ class PromptStream:
         """Prompts of one epoch."""
         return len(self._prompts)
 
-    def take(self, count: int) -> tuple[Prompt, ...]:
-        """The next `count` prompts. Raises: DataError when there are fewer in the whole set."""
-        if not 1 <= count <= len(self._prompts):
+    def num_without(self, uids: Set[str]) -> int:
+        """Prompts of an epoch that are none of `uids`."""
+        return sum(prompt.uid not in uids for prompt in self._prompts)
+
+    def take(self, count: int, *, without: Set[str] = frozenset()) -> tuple[Prompt, ...]:
+        """The next `count` prompts that are none of `without` (what was taken just before, and must not come again so soon).
+
+        Raises: DataError when there are fewer in the whole set.
+        """
+        if not 1 <= count <= self.num_without(without):
             raise DataError(
                 f"{count} different prompts were asked for",
                 where="rollout.prompts_per_step",
                 expected=f"1 to {len(self._prompts)}, the usable prompts of data.train",
                 fix="lower rollout.prompts_per_step or add prompts",
             )
-        taken = self._order[self._position : self._position + count]
-        self._position += len(taken)
+        taken = self._pick(count, without)
         if missing := count - len(taken):
-            self._begin_epoch(self._epoch + 1, taken)
-            taken = taken + self._order[:missing]
-            self._position = missing
+            avoided = [index for index, prompt in enumerate(self._prompts) if prompt.uid in without and index not in taken]
+            self._begin_epoch(self._epoch + 1, taken + avoided)
+            self._position = 0
+            taken = taken + self._pick(missing, without)
         return tuple(self._prompts[index] for index in taken)
+
+    def _pick(self, count: int, without: Set[str]) -> list[int]:
+        """Up to `count` of what is left of the epoch. One of `without` that is met has been taken in the epoch before."""
+        picked: list[int] = []
+        while len(picked) < count and self._position < len(self._order):
+            index = self._order[self._position]
+            self._position += 1
+            if self._prompts[index].uid not in without:
+                picked.append(index)
+        return picked
 
     def _begin_epoch(self, epoch: int, held_back: list[int]) -> None:
         """Shuffle for `epoch`, with the indices in `held_back` at the end."""

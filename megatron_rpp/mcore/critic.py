@@ -25,7 +25,7 @@ class Critic(MegatronModel):
     @classmethod
     def optim_of(cls, cfg: Config) -> Optim:
         """Those of the policy, but for the learning rate: critic.lr, constant."""
-        return replace(cfg.optim, lr=cfg.critic.lr, min_lr=0.0, schedule="constant")
+        return replace(cfg.optim, lr=cfg.critic.lr, min_lr=0.0, schedule="constant", warmup_steps=0)
 
     def named_local(self) -> Iterator[tuple[str, int | None, Tensor]]:
         """As MegatronModel's, without the head, which no HF directory holds."""

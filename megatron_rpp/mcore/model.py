@@ -65,7 +65,7 @@ class MegatronModel:
         """Build the model of `hf_dir` (default: model.hf). Its weights are zero until they are loaded through `named_local`.
 
         trainable: False builds no gradient buffers and no optimizer. total_steps: optimiser steps that the learning-rate schedule
-        spans; default: run.steps x algo.minibatches.
+        spans; default: those of the run.
         Raises: GeometryError, ConfigError.
         """
         from megatron_rpp.mcore.build import build_chunks, transformer_config
@@ -91,8 +91,13 @@ class MegatronModel:
             return cls(wrapped=chunks, optimizer=None, **parts)
         optim = cls.optim_of(cfg)
         wrapped = wrap_ddp(chunks, config, optim)
-        steps = total_steps if total_steps is not None else cfg.run.steps * cfg.algo.minibatches
+        steps = total_steps if total_steps is not None else cls.num_steps(cfg)
         return cls(wrapped=wrapped, optimizer=Optimizer(wrapped, optim, config.params_dtype, steps), **parts)
+
+    @classmethod
+    def num_steps(cls, cfg: Config) -> int:
+        """Optimiser steps of a whole run."""
+        return cfg.run.steps * cfg.algo.minibatches
 
     @classmethod
     def optim_of(cls, cfg: Config) -> Optim:

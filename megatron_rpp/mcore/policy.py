@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.algo.objective import needs_whole_responses, policy_objective
-from megatron_rpp.config.schema import Algo
+from megatron_rpp.config.schema import Algo, Config
 from megatron_rpp.errors import GeometryError
 from megatron_rpp.mcore.model import MegatronModel
 from megatron_rpp.types import PackedBatch, UpdateStats
@@ -22,6 +22,12 @@ class Policy(MegatronModel):
     """A language model that is trained, or kept as the reference."""
 
     end = "logp"
+
+    @classmethod
+    def num_steps(cls, cfg: Config) -> int:
+        """While a critic warms up the policy makes none."""
+        warm_up = cfg.critic.warmup_steps if cfg.algo.estimator == "gae" else 0
+        return max(cfg.run.steps - warm_up, 1) * cfg.algo.minibatches
 
     def logprobs(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the masked tokens, on every rank of the replica; 0 elsewhere.

@@ -11,11 +11,13 @@ from megatron_rpp.types import Group
 SOLVED = 1.0  # a score from here on counts as a solved problem
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Scores and lengths of a step's responses. Sums are exactly rounded, so their bits depend on no order.
+def rollout_metrics(groups: Sequence[Group], kept: Sequence[Group]) -> dict[str, float]:
+    """Scores and lengths of all responses of a step, and the size of what it trains on. Sums are exactly rounded, in any order.
 
+    groups: all that were sampled; kept: those that are trained on.
     Units: names say; *_frac are fractions of responses, even_groups_frac of prompts.
     """
+    kept_lengths = [len(response.tokens) for group in kept for response in group.responses]
     responses = [response for group in groups for response in group.responses]
     count = len(responses)
     scores = [float(response.score) for response in responses]
@@ -30,10 +32,10 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "response/tokens_mean": sum(lengths) / count,
         "response/tokens_max": float(max(lengths)),
         "response/truncated_frac": sum(response.is_truncated for response in responses) / count,
-        "batch/prompts": float(len(groups)),
-        "batch/responses": float(count),
-        "batch/response_tokens": float(sum(lengths)),
-        "batch/tokens": float(sum(lengths) + sum(len(group.prompt.tokens) * len(group.responses) for group in groups)),
+        "batch/prompts": float(len(kept)),
+        "batch/responses": float(len(kept_lengths)),
+        "batch/response_tokens": float(sum(kept_lengths)),
+        "batch/tokens": float(sum(kept_lengths) + sum(len(group.prompt.tokens) * len(group.responses) for group in kept)),
     }
     return metrics | _by_domain(groups)
 

@@ -128,7 +128,7 @@ def test_the_gsm8k_example_runs_through_chat_template_packing_and_the_math_verif
     assert run.code == 0, run.output
     steps = run.records("step")
     assert [record["step"] for record in steps] == [1, 2, 3]
-    assert [(record["draw/refills"], record["draw/kept_groups"], record["batch/prompts"]) for record in steps] == [(1, 1, 4.0)] * 3
+    assert [(record["draw/refills"], record["draw/kept_groups"], record["batch/prompts"]) for record in steps] == [(1, 1, 1.0)] * 3
     assert run.column("adv/is_degenerate") == [1.0] * 3
     assert "step 1: 1 of 2 prompts after 1 refills; the scores differ in 0% of the sampled groups" in run.output
     assert run.column("score/failed_frac") == [0.0] * 3

@@ -79,6 +79,30 @@ def test_a_prompt_is_not_drawn_twice_in_a_step_even_when_the_set_is_small() -> N
     assert len(drawn.sampled) <= 6
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_an_epoch_that_ends_inside_a_step_neither_ends_its_refills_nor_loses_a_prompt(seed: int) -> None:
+    """16 prompts, 8 a step, one of them solved: every second step begins at the end of an epoch."""
+    world = World([n == 0 for n in range(16)])
+    world.stream = PromptStream((Prompt(uid, (1,), uid, "") for uid in world.solved), seed=seed)
+    drawn_so_far: list[str] = []
+    for _ in range(6):
+        world.asked.clear()
+        drawn = world.draw(8)
+        assert len(drawn.kept) == 8
+        uids = [one.prompt.uid for one in drawn.sampled]
+        assert len(uids) == len(set(uids))
+        drawn_so_far += uids
+    counts = [drawn_so_far.count(uid) for uid in world.solved]
+    assert max(counts) - min(counts) <= 2
+
+
+def test_a_greedy_response_that_scores_otherwise_makes_a_prompt_worth_keeping() -> None:
+    prompt = Prompt("p", (1,), "", "")
+    same, other = group(prompt, 1.0).responses[0], group(prompt, 0.0).responses[0]
+    assert is_informative(Group(prompt, (same,), other))
+    assert not is_informative(Group(prompt, (same,), same))
+
+
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [

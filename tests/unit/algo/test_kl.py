@@ -140,3 +140,8 @@ def test_the_coefficient_follows_the_distance_by_at_most_a_fifth(kl: float, erro
     """0.05 is half the target: error -0.5, held at -0.2. 0.11 is a tenth above it: error 0.1. 1024 / 10000 = 0.1024."""
     got = adapted_coef(0.2, kl=kl, target=0.1, num_samples=1024, horizon=10000)
     assert got == pytest.approx(0.2 * (1 + error * 0.1024), rel=1e-14)
+
+
+def test_a_batch_beyond_the_horizon_moves_the_coefficient_no_farther_than_a_whole_one() -> None:
+    assert adapted_coef(0.04, kl=0.0, target=0.1, num_samples=8192, horizon=1000) == pytest.approx(0.04 * 0.8)
+    assert adapted_coef(0.04, kl=9.0, target=0.1, num_samples=8192, horizon=1000) == pytest.approx(0.04 * 1.2)

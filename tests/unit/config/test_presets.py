@@ -8,6 +8,7 @@ import pytest
 
 from megatron_rpp.config.load import dump, load, load_with_lines
 from megatron_rpp.config.presets import PRESETS
+from megatron_rpp.config.schema import Correction
 from megatron_rpp.config.validate import validate
 from megatron_rpp.errors import ConfigError
 from tests.unit.config.conftest import Write
@@ -53,3 +54,18 @@ def test_a_rule_that_a_preset_breaks_says_so(project: Path) -> None:
     cfg, lines = load_with_lines(project, ["preset=dapo", "rollout.samples_per_prompt=1"])
     with pytest.raises(ConfigError, match=r"preset dapo  rollout.keep_groups: a prompt with one response"):
         validate(cfg, lines=lines)
+
+
+def test_what_a_preset_sets_is_no_mistake_where_the_user_lays_something_over_a_part_of_it(project: Path) -> None:
+    cfg, lines = load_with_lines(project, ["preset=grpo", "algo.kl_loss_coef=0"])  # its kl_loss is then read by nobody
+    assert validate(cfg, lines=lines).warnings == ()
+    cfg, lines = load_with_lines(project, ["algo.kl_loss=k3"])
+    with pytest.raises(ConfigError, match=r"algo.kl_loss: has no effect"):
+        validate(cfg, lines=lines)
+
+
+def test_another_kind_of_correction_leaves_the_bounds_of_the_presets_own(project: Path) -> None:
+    assert load(project, ["preset=prorl_v2", "correction.kind=none"]).correction == Correction()
+    assert load(project, ["preset=prorl_v2", "correction.kind=tis"]).correction == Correction(kind="tis")
+    own = load(project, ["preset=prorl_v2", "correction.high=3"]).correction
+    assert (own.kind, own.low, own.high) == ("icepop", 0.5, 3.0)

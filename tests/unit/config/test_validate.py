@@ -58,6 +58,12 @@ REFUSED = [
     # settings that would have no effect
     ("correction.high=3", "correction.kind: none leaves correction's other settings without effect"),
     ("critic.lr=1e-4", "critic: is there for algo.estimator gae only, got reinforce_pp_baseline"),
+    ("algo.kl_loss=k3", "algo.kl_loss: has no effect while algo.kl_loss_coef is 0"),
+    ("algo.kl_reward=k2", "algo.kl_reward: has no effect while algo.kl_reward_coef is 0"),
+    ("algo.kl_horizon=10", "algo.kl_horizon: has no effect without algo.kl_target"),
+    ("reward.overlong_penalty=2", "reward.overlong_penalty: has no effect while reward.overlong_frac is 0"),
+    ("rollout.max_refills=5", "rollout.max_refills: has no effect with rollout.keep_groups: all"),
+    ("stats.scope=domain", "stats.scope: domain needs data.domain_key"),
     ("algo.gae_lambda=0.95", "algo.gae_lambda: and gae_length_alpha are there for algo.estimator gae only"),
     ("algo.grpo_std=batch", "algo.grpo_std: and its settings are there for algo.estimator grpo only"),
     ("algo.aggregate_tokens=100", "algo.aggregate_tokens: is the length of algo.aggregate constant_length, got token_mean"),
@@ -120,6 +126,23 @@ def test_the_edge_of_a_rule_is_let_through(project: Path, overrides: tuple[str, 
     check(project, *overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("algo.loss=reinforce", "algo.clip_high=0.3"), "algo.clip_low: and clip_high bound a ratio"),
+        (("algo.estimator=gae", "critic.warmup_steps=100"), "critic.warmup_steps: leaves the policy none of the 100 steps"),
+        (("stats.wire=fp8", "stats.limbs=9"), "stats.limbs: must be at most 8, which carry a float64, got 9"),
+        (("algo.estimator=gae", "critic.hf=nowhere"), "critic.hf: no config.json in"),
+        (("algo.estimator=gae", "model.megatron_checkpoint=."), "critic.hf: model.megatron_checkpoint has no weights for a critic"),
+        (("preset=grpo", "model.megatron.moe_aux_loss_coeff=0.01"), "model.megatron.moe_aux_loss_coeff: Megatron scales it by tokens"),
+    ],
+)
+def test_a_rule_between_two_settings_is_refused(project: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(project, *overrides)
+    assert message in str(caught.value).splitlines()[1]
+
+
 def test_a_roll_out_that_is_too_long_is_no_mistake_of_an_evaluation_that_follows_it(project: Path) -> None:
     def lines(*overrides: str) -> list[str]:
         with pytest.raises(ConfigError) as caught:
@@ -175,6 +198,7 @@ def test_sft_needs_its_own_settings_only_when_it_runs(project: Path, monkeypatch
         (("algo.kl_loss_coef=0.1", "algo.kl_reward_coef=0.1"), "both pull to the reference"),
         (("algo.kl_loss=k1", "algo.kl_loss_coef=0.1"), "algo.kl_loss k1 has an expected gradient of 0"),
         (("algo.kl_reward=k3", "algo.kl_reward_coef=0.1"), "k3 is never negative, so it lowers long responses"),
+        (("algo.estimator=reinforce_pp", "rollout.keep_groups=informative"), "leaves out prompts that algo.estimator reinforce_pp"),
         (("algo.loss=reinforce", "algo.minibatches=2"), "no ratio: from the second of 2 minibatches"),
         (("algo.loss=gspo", "algo.aggregate=seq_mean_token_mean"), "the paper has 3e-4, 4e-4"),
         (("algo.loss=gspo", "algo.clip_low=3e-4", "algo.clip_high=4e-4"), "algo.aggregate token_mean weighs responses by their length"),
