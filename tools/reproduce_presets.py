@@ -39,15 +39,17 @@ EXTRA: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """before, after: held-out accuracy. warnings: lines of the log that warn."""
+    """accuracies: on the held-out problems, before the first step, on the way, after the last. warnings: lines of the log that warn."""
 
     preset: str
     seed: int
-    before: float
-    after: float
+    accuracies: tuple[float, ...]
     steps: int
     train_s: float
     warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " -> ".join(f"{accuracy:.3f}" for accuracy in self.accuracies)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,8 +100,7 @@ def train(out: Path, preset: str, seed: int, overrides: Sequence[str]) -> bool:
     if code or outcome is None:
         print(f"{preset} seed {seed}: FAILED with code {code}, see {folder / f'{preset}.log'}", flush=True)
         return False
-    accuracy = f"{outcome.before:.3f} -> {outcome.after:.3f}"
-    print(f"{preset} seed {seed}: {accuracy} in {time.monotonic() - start:.0f} s, {len(outcome.warnings)} warnings", flush=True)
+    print(f"{preset} seed {seed}: {outcome} in {time.monotonic() - start:.0f} s, {len(outcome.warnings)} warnings", flush=True)
     return True
 
 
@@ -132,8 +133,7 @@ def read(out: Path, preset: str, seed: int) -> Outcome | None:
     return Outcome(
         preset,
         seed,
-        before=evaluations[0]["eval/accuracy"],
-        after=evaluations[-1]["eval/accuracy"],
+        accuracies=tuple(record["eval/accuracy"] for record in evaluations),
         steps=steps[-1],
         train_s=sum(record["step_s"] for record in times if record["kind"] == "step"),
         warnings=tuple(line for line in lines if "warning" in line.lower()),
@@ -142,12 +142,12 @@ def read(out: Path, preset: str, seed: int) -> Outcome | None:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """A line for each preset: held-out accuracy before and after, by seed, and the mean of what was gained."""
-    lines = ["| preset | steps | held-out accuracy, before -> after, by seed | mean gain | seconds | warnings |"]
+    lines = ["| preset | steps | held-out accuracy, before -> on the way -> after, by seed | mean gain | seconds | warnings |"]
     lines.append("|---|---|---|---|---|---|")
     for preset in dict.fromkeys(outcome.preset for outcome in outcomes):
         own = [outcome for outcome in outcomes if outcome.preset == preset]
-        by_seed = ", ".join(f"{one.seed}: {one.before:.3f} -> {one.after:.3f}" for one in own)
-        gain = statistics.fmean(one.after - one.before for one in own)
+        by_seed = ", ".join(f"{one.seed}: {one}" for one in own)
+        gain = statistics.fmean(one.accuracies[-1] - one.accuracies[0] for one in own)
         seconds = statistics.median(one.train_s for one in own)
         warned = sum(len(one.warnings) for one in own)
         lines.append(f"| `{preset}` | {own[0].steps} | {by_seed} | {gain:+.3f} | {seconds:.0f} | {warned} |")
