@@ -120,17 +120,17 @@ def test_other_layouts_follow_the_same_curve(layout: tuple[str, ...], yaml: Path
 def test_the_gsm8k_example_runs_through_chat_template_packing_and_the_math_verifier(assets: Path, tmp_path: Path) -> None:
     """A random model boxes nothing, so the verifier's word is 0 each time; a run without it would not end so.
 
-    With dynamic sampling no prompt is worth keeping: each step ends at the cap, with the one group that an update needs.
+    With dynamic sampling no prompt is worth keeping: each step ends at the cap, with a group for each of the two minibatches.
     """
     yaml = runs.ROOT / "examples" / "gsm8k" / "tiny.yaml"
-    words = ("preset=prorl_v2", "rollout.max_refills=1", "rollout.prompts_per_step=2")
+    words = ("preset=prorl_v2", "rollout.max_refills=1")
     run = runs.train(yaml, tmp_path / "gsm8k", f"model.hf={assets / 'model'}", "observe.console=plain", *words)
     assert run.code == 0, run.output
     steps = run.records("step")
     assert [record["step"] for record in steps] == [1, 2, 3]
-    assert [(record["draw/refills"], record["draw/kept_groups"], record["batch/prompts"]) for record in steps] == [(1, 1, 1.0)] * 3
+    assert [(record["draw/refills"], record["draw/kept_groups"], record["batch/prompts"]) for record in steps] == [(1, 2, 2.0)] * 3
     assert run.column("adv/is_degenerate") == [1.0] * 3
-    assert "step 1: 1 of 2 prompts after 1 refills; the scores differ in 0% of the sampled groups" in run.output
+    assert "step 1: 2 of 4 prompts after 1 refills; the scores differ in 0% of the sampled groups" in run.output
     assert run.column("score/failed_frac") == [0.0] * 3
     assert run.column("score/mean") == [0.0] * 3
     assert max(run.column("mismatch/max_abs")) <= 1e-4
