@@ -40,8 +40,7 @@ class Drawn:
 
 def is_informative(group: Group) -> bool:
     """Whether the raw scores of a prompt's responses differ, that of the greedy one among them where there is one."""
-    scores = [response.score for response in (*group.responses, *([group.greedy] if group.greedy is not None else []))]
-    return max(scores) > min(scores)
+    return not group.is_even or (group.greedy is not None and group.greedy.score != group.responses[0].score)
 
 
 def draw(prompts: PromptStream, collect: Collect, rollout: Rollout, *, least: int) -> Drawn:

@@ -71,6 +71,12 @@ class Group:
     responses: tuple[Response, ...]
     greedy: Response | None = None
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all sampled responses have one raw score. By comparison: the deviation of equal floats is not 0."""
+        scores = [response.score for response in self.responses]
+        return max(scores) == min(scores)
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:

@@ -11,9 +11,10 @@ from torch.distributed import ProcessGroup
 
 from megatron_rpp.dist.layout import Coords, ExpertCoords
 
-__all__ = ["Groups", "ProcessGroup", "host_group", "ranks_of"]
+__all__ = ["UNBOUNDED", "Groups", "ProcessGroup", "host_group", "ranks_of"]
 
-# Waits are named and bounded by whoever waits. Gloo stops at the lower of that and the group's own limit.
+# Waits are named and bounded by whoever waits, some for hours (a roll-out). Gloo stops at the lower of that and the group's own
+# limit, so that one must never be the lower.
 UNBOUNDED = timedelta(days=365)
 
 

@@ -16,14 +16,10 @@ from torch import distributed as dist
 
 import megatron_rpp_patches
 from megatron_rpp.config.schema import Config, Parallel
-from megatron_rpp.dist.groups import Groups
+from megatron_rpp.dist.groups import UNBOUNDED, Groups
 from megatron_rpp.dist.layout import ExpertCoords, coords_of, expert_coords_of, world_size_of
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import ConfigError, GeometryError
-
-# Waits on the group of objects are named and bounded by whoever waits, some for hours (a roll-out). Gloo stops at the lower
-# of that and the group's own limit, so that one must never be the lower.
-_UNBOUNDED = timedelta(days=365)
 
 
 def start(cfg: Config, world: World) -> Groups:
@@ -149,7 +145,7 @@ def _groups(parallel: Parallel, world: World, timeout: timedelta) -> Groups:
     return Groups(
         coords=coords,
         world=dist.group.WORLD,
-        world_cpu=dist.new_group(backend="gloo", timeout=_UNBOUNDED),
+        world_cpu=dist.new_group(backend="gloo", timeout=UNBOUNDED),
         dp=parallel_state.get_data_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tp=parallel_state.get_tensor_model_parallel_group(),

@@ -27,7 +27,7 @@ def rollout_metrics(groups: Sequence[Group], kept: Sequence[Group]) -> dict[str,
         "score/mean": mean,
         "score/std": math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / count),
         "score/solved_frac": sum(score >= SOLVED for score in scores) / count,
-        "score/even_groups_frac": sum(_is_even(group) for group in groups) / len(groups),
+        "score/even_groups_frac": sum(group.is_even for group in groups) / len(groups),
         "score/failed_frac": sum(response.reward_failed is not None for response in responses) / count,
         "response/tokens_mean": sum(lengths) / count,
         "response/tokens_max": float(max(lengths)),
@@ -38,11 +38,6 @@ def rollout_metrics(groups: Sequence[Group], kept: Sequence[Group]) -> dict[str,
         "batch/tokens": float(sum(kept_lengths) + sum(len(group.prompt.tokens) * len(group.responses) for group in kept)),
     }
     return metrics | _by_domain(groups)
-
-
-def _is_even(group: Group) -> bool:
-    scores = [response.score for response in group.responses]
-    return max(scores) == min(scores)
 
 
 def _by_domain(groups: Sequence[Group]) -> dict[str, float]:
