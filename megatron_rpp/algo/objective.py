@@ -26,7 +26,7 @@ def policy_objective(
 
     Nothing is divided here: Megatron divides the sum over microbatches and ranks by the sum of denominators
     (calculate_per_token_loss), so the gradient does not depend on the layout. A mask without a token gives a loss of 0 that
-    still has a gradient, of 0. Responses are whole in a microbatch, see `needs_whole_responses`.
+    still has a gradient, of 0. Responses are whole in a microbatch.
 
     Metrics (detached float64 scalars over tokens, whatever algo.aggregate is; policy_loss with its weight, kl_loss and entropy
     without their coefficients): policy_loss, clip_frac_low, clip_frac_high, with a dual clip clip_frac_dual, ratio, ratio_max,
@@ -63,11 +63,6 @@ def policy_objective(
     elif algo.entropy_coef != 0.0:
         raise ValueError(f"entropy_coef is {algo.entropy_coef}, so policy_objective needs entropy_T")
     return *aggregate(loss_T, mask_T, batch.cu_len_S1, algo.aggregate, algo.aggregate_tokens), metrics
-
-
-def needs_whole_responses(algo: Algo) -> bool:
-    """True when the objective counts responses or their tokens, so that none may be cut between ranks (context parallelism)."""
-    return algo.loss == "gspo" or algo.aggregate != "token_mean"
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class Parallel:
     tp: int = 1
     pp: int = 1
     vpp: int = 1  # virtual pipeline chunks a stage
-    cp: int = 1
+    cp: int = 1  # context parallel: every sequence is cut over cp ranks, two pieces each
     dp: int = 1
     ep: int = 1  # expert parallel: the experts of a layer are spread over ep of a stage's tp x cp x dp ranks
     etp: int = 1  # expert tensor parallel: each expert is cut over etp ranks, whatever tp is
@@ -172,7 +172,7 @@ class Optim:
     beta2: float = 0.98
     eps: float = 1e-8
     clip_grad: float = 1.0
-    microbatch_tokens: int = 8192  # packed tokens of one forward; a longer sequence stands alone
+    microbatch_tokens: int = 8192  # packed tokens of one forward, over all cp ranks; a longer sequence stands alone
     distributed: bool = True  # shard the optimiser state over dp
 
 

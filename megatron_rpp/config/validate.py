@@ -166,10 +166,6 @@ def _sft(cfg: Config) -> Iterator[Problem]:
 def _layout(cfg: Config, world_size: int | None) -> Iterator[Problem]:
     parallel = cfg.parallel
     ranks, replica = num_ranks(cfg), parallel.tp * parallel.cp * parallel.pp
-    if parallel.cp > 1:
-        yield Problem(
-            "parallel.cp", f"context parallelism is not there yet, got {parallel.cp}; set 1, and raise tp or pp for longer sequences"
-        )
     if parallel.vpp > 1 and parallel.pp == 1:
         yield Problem("parallel.vpp", f"virtual chunks need a pipeline: parallel.pp is 1, got vpp {parallel.vpp}")
     if world_size is not None and ranks != world_size:

@@ -37,31 +37,35 @@ def run_answers(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microb
 
     with torch.no_grad():
         _run(chunks, microbatches, keep, forward_only=True)
-    if groups.cp_size > 1 and groups.is_last_stage:
-        dist.all_reduce(answer_T, group=groups.cp)  # each token is non-zero on one rank, so the sum is exact
+    if groups.is_last_stage:
+        answer_T = whole_responses(answer_T, groups)
     if groups.pp_size > 1:
         dist.broadcast(answer_T, group=groups.pp, group_src=groups.pp_size - 1)
     return answer_T
 
 
-def run_loss(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], target_T: Tensor, objective: Objective) -> Sums:
-    """Forward and backward of one optimiser step. Gradients end in Megatron's buffers, summed over dp and divided.
+def run_loss(
+    chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], target_T: Tensor, objective: Objective, groups: Groups
+) -> Sums:
+    """Forward and backward of one optimiser step. Gradients end in Megatron's buffers, summed over dp and cp and divided.
 
     The objective's loss goes to Megatron unscaled together with its denominator (`calculate_per_token_loss`, whatever the
     objective counts), which makes the gradient that of sum(loss) / sum(denominator) over all ranks and micro-batches, however
-    they were cut.
+    they were cut. The objective sees whole responses: context parallelism ends here. Each context-parallel rank computes the whole
+    loss, which reaches the weights through its own tokens' answers, and the first of them alone tells the denominator.
     target_T: advantages, or returns, of the batch that the micro-batches were cut from.
     """
     rows: list[dict[str, Tensor]] = []
+    is_counted = groups.coords.cp == 0
 
     def loss_func(microbatch: Microbatch, output_RN: Tensor) -> tuple[Tensor, Tensor, dict]:
-        answers = [microbatch.spread(answer_N) for answer_N in output_RN]
-        loss, denominator, values = objective(*answers, microbatch.batch, target_T[microbatch.source_T])
+        answer_RT = whole_responses(microbatch.spread(output_RN), groups)
+        loss, denominator, values = objective(*answer_RT, microbatch.batch, target_T[microbatch.source_T])
         counts = {"denominator": denominator, "num_tokens": microbatch.batch.mask_T.sum()}
         # detached now: a pipeline schedule empties the loss itself once it has handed it on
         rows.append({name: value.detach().to(torch.float64) for name, value in {"loss": loss, **counts, **values}.items()})
         # an objective that looked at no token need not touch the graph; the backward pass must run all the same
-        return loss if loss.requires_grad else loss + 0.0 * output_RN.sum(), denominator.to(torch.int), {}
+        return loss if loss.requires_grad else loss + 0.0 * output_RN.sum(), denominator.to(torch.int) * is_counted, {}
 
     _run(chunks, microbatches, loss_func, forward_only=False)
     if not rows:
@@ -70,6 +74,28 @@ def run_loss(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatc
     table = torch.stack([torch.stack(list(row.values())) for row in rows]).tolist()
     measured = [dict(zip(rows[0], line, strict=True)) for line in table]
     return add(Sums(row.pop("loss"), int(row.pop("denominator")), int(row.pop("num_tokens")), row) for row in measured)
+
+
+def whole_responses(answer: Tensor, groups: Groups) -> Tensor:
+    """Answers of this context-parallel rank, 0 on the others' tokens, with the others' filled in. Collective over cp.
+
+    Each token is answered by one rank, so the sum is exact, and all ranks have the same bits. Its gradient is that of this rank's
+    own loss: every rank computes the loss anew, and the gradients of the weights are summed over cp.
+    Shapes: [..., T] -> the same
+    """
+    return answer if groups.cp_size == 1 else _SumOverContext.apply(answer, groups.cp)
+
+
+class _SumOverContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, answer: Tensor, cp: dist.ProcessGroup) -> Tensor:
+        answer = answer.clone(memory_format=torch.contiguous_format)  # gloo garbles what is not
+        dist.all_reduce(answer, group=cp)
+        return answer
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def _run(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], loss_func: Callable, *, forward_only: bool) -> None:

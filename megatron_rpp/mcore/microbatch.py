@@ -29,9 +29,8 @@ from megatron_rpp.types import PackedBatch
 class Microbatch:
     """What one forward pass reads, and where its answers belong.
 
-    batch: its sequences, unpadded; with context parallelism mask_T is True only on tokens that this rank answers, so that sums
-    over ranks count every token once. answer_N: index into batch.tokens_T of each asked token. source_T: index of each of its
-    tokens in the batch that it was cut from.
+    batch: its sequences, whole and unpadded, on every context-parallel rank. answer_N: index into batch.tokens_T of each token that
+    this rank answers. source_T: index of each of its tokens in the batch that it was cut from.
     """
 
     tokens_1T: Tensor
@@ -42,9 +41,9 @@ class Microbatch:
     answer_N: Tensor
     source_T: Tensor
 
-    def spread(self, values_N: Tensor) -> Tensor:
-        """[N] answers as [T]: 0 on tokens that were not asked for. Differentiable."""
-        return values_N.new_zeros(self.batch.num_tokens).index_copy(0, self.answer_N, values_N)
+    def spread(self, values_RN: Tensor) -> Tensor:
+        """Rows of [N] answers as [T]: 0 on tokens that were not asked for. Differentiable."""
+        return values_RN.new_zeros(len(values_RN), self.batch.num_tokens).index_copy(1, self.answer_N, values_RN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +83,6 @@ class Packing:
         part = select(batch, sequences)
         layout = _lay_out(torch.diff(part.cu_len_S1).to(torch.int64), self.groups, self._multiple)
         position_N, answer_N = layout.asked(part.mask_T)
-        if self.groups.cp_size > 1:
-            mine_T = torch.zeros_like(part.mask_T)
-            mine_T[answer_N] = True
-            part = replace(part, mask_T=mine_T)
         return Microbatch(
             tokens_1T=layout.place(part.tokens_T)[None].to(self.device),
             position_1T=layout.position_L[None].to(self.device),

@@ -6,7 +6,7 @@ where a checkpoint is met, because megatron may only be imported after `init.sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_rpp.config.schema import Config, Optim
 from megatron_rpp.data.packing import select, split_minibatches, token_index
-from megatron_rpp.dist.collectives import gather_objects
+from megatron_rpp.dist.collectives import gather_objects, sum_int64
 from megatron_rpp.dist.deadline import deadline
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.mcore.hf_config import HfModel, read_hf_config
@@ -184,19 +184,31 @@ class MegatronModel:
     def _steps(
         self, batch: PackedBatch, target_T: Tensor, num_minibatches: int, objective: Objective, temperature: float = 1.0
     ) -> UpdateStats:
-        """One optimiser step for each minibatch. target_T: what the objective compares with, [T].
+        """One optimiser step for each minibatch with a token to learn from. target_T: what the objective compares with, [T].
 
         A sequence's minibatch depends on its group alone, hence not on dp. In each step the loss is a sum over all ranks divided
         by the sum of denominators, and every statistic a sum divided by the tokens. A step whose gradient is not finite moves
         nothing, ends the update and shows as is_finite False.
+        A minibatch that has no such token on any rank is left out by all: Adam would move the weights by its momentum and decay.
         """
-        done = []
-        for sequences in split_minibatches(batch.group_S, num_minibatches):
+        parts, done = split_minibatches(batch.group_S, num_minibatches), []
+        for sequences, num_live in zip(parts, self._live_tokens(batch, parts), strict=True):
+            if num_live == 0:
+                # The schedule is laid over the minibatches of a run, so that it ends where the run ends, whatever was left out.
+                self._trained().scheduler.step(1)
+                continue
             index = token_index(batch.cu_len_S1, sequences)
             done.append(self._step(select(batch, sequences), target_T[index], objective, temperature))
             if not done[-1][1].is_finite:
                 break
         return self._stats(done)
+
+    def _live_tokens(self, batch: PackedBatch, parts: Sequence[Sequence[int]]) -> list[int]:
+        """Tokens of each part, over all data-parallel ranks, that are in the loss with a weight. One sum for all parts, before any
+        forward pass, so that nobody waits in one that others leave out."""
+        live_T = batch.mask_T if batch.weight_T is None else batch.mask_T & (batch.weight_T != 0)
+        mine = torch.stack([live_T[token_index(batch.cu_len_S1, part).to(live_T.device)].sum() for part in parts])
+        return sum_int64(mine, self.groups.dp, name="tokens of each minibatch", deadline_s=self._deadline_s).tolist()
 
     def _step(self, batch: PackedBatch, target_T: Tensor, objective: Objective, temperature: float) -> tuple[Sums, StepResult]:
         from megatron_rpp.mcore.forward import run_loss
@@ -206,12 +218,12 @@ class MegatronModel:
         optimizer.zero_grad()
         microbatches = self._packing.microbatches(batch, temperature)
         with self._wait("optimiser step"):
-            sums = run_loss(self._wrapped, microbatches, target_T.to(self._packing.device), objective)
+            sums = run_loss(self._wrapped, microbatches, target_T.to(self._packing.device), objective, self.groups)
             return sums, optimizer.step()
 
     def _stats(self, done: list[tuple[Sums, StepResult]]) -> UpdateStats:
         """The sums of every data-parallel rank, counted once, as means. Every rank adds the same numbers, so all report the same bits."""
-        is_counted = self.groups.is_last_stage and self.groups.coords.tp == 0
+        is_counted = self.groups.is_last_stage and self.groups.coords.tp == self.groups.coords.cp == 0
         mine = [sums for sums, _ in done] if is_counted else []
         shares = gather_objects(mine, self.groups.world_cpu, name="statistics of an update", deadline_s=self._deadline_s)
         return update_stats([sums for share in shares for sums in share], [result for _, result in done])

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_rpp.algo.objective import needs_whole_responses, policy_objective
+from megatron_rpp.algo.objective import policy_objective
 from megatron_rpp.config.schema import Algo, Config
-from megatron_rpp.errors import GeometryError
 from megatron_rpp.mcore.model import MegatronModel
 from megatron_rpp.types import PackedBatch, UpdateStats
 
@@ -44,10 +43,8 @@ class Policy(MegatronModel):
 
         objective: default policy_objective under `algo`. See MegatronModel._steps for what a step is.
         Shapes: adv_T [T] float32
-        Raises: GeometryError when a rank sees part of a response only and `algo` needs whole ones.
         """
         if objective is None:
-            _refuse_cut_responses(algo, self.groups.cp_size)
             objective = partial(policy_objective, algo=algo)
         return self._steps(batch, adv_T, algo.minibatches, objective, temperature)
 
@@ -62,14 +59,3 @@ def negative_log_likelihood(
     """The objective of supervised training: loss = -sum of logp over the masked tokens. adv_T is not looked at."""
     loss = -logp_new_T.sum()
     return loss, batch.mask_T.sum(), {"policy_loss": loss, "entropy": entropy_T.sum()}
-
-
-def _refuse_cut_responses(algo: Algo, cp_size: int) -> None:
-    if cp_size > 1 and needs_whole_responses(algo):
-        raise GeometryError(
-            "context parallelism cuts responses that the loss needs whole",
-            where="parallel.cp",
-            expected="1, or algo.aggregate token_mean with an algo.loss other than gspo",
-            got=f"{cp_size} with algo.aggregate {algo.aggregate}, algo.loss {algo.loss}",
-            fix="set parallel.cp: 1 and raise tp or pp for longer responses",
-        )

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rpp.config.schema import Algo
 from megatron_rpp.data.packing import select
+from megatron_rpp.dist.collectives import gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.types import UpdateStats
 from tests.dist.ranks import free_port, run_ranks
@@ -32,11 +34,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2 pp2": dict(tp=2, pp=2),
     "dp2": dict(dp=2),
     "cp2": dict(cp=2),
+    "tp2 cp2": dict(tp=2, cp=2),
+    "dp2 cp2": dict(dp=2, cp=2),
 }
 
 # The real objective where it counts responses: one ratio and one weight for each. Bounds that hold some of them and not others.
 PER_RESPONSE: dict[str, Any] = dict(loss="gspo", aggregate="seq_mean_token_mean", clip_low=0.7, clip_high=0.2, minibatches=2)
-PER_RESPONSE_LAYOUTS = ("tp1", "pp2", "dp2")
+PER_RESPONSE_LAYOUTS = ("tp1", "pp2", "dp2", "cp2", "dp2 cp2")
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Answer:
     weights: dict[str, Tensor] = field(default_factory=dict)
     stats: UpdateStats | None = None
     is_same_on_all_ranks: bool = True
+    left_out: dict[str, bool] | None = None
 
 
 # For models with experts or latent attention, and which of them each layout is for.
@@ -58,6 +63,7 @@ SPARSE_LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "tp2": (dict(tp=2), ("qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2", "deepseek_v2 lite")),
     "pp2": (dict(pp=2), ("qwen3_moe", "deepseek_v3")),
     "ep2 over dp2": (dict(dp=2, ep=2), ("qwen3_moe", "mixtral", "deepseek_v3")),
+    "ep2 over cp2": (dict(cp=2, ep=2), ("qwen3_moe", "deepseek_v3")),
     "ep2 over tp2": (dict(tp=2, ep=2), ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3")),
     "etp2 over tp2": (dict(tp=2, etp=2), ("qwen3_moe", "deepseek_v3")),
     "tp2 dp2, ep2": (dict(tp=2, dp=2, ep=2), ("qwen3_moe", "deepseek_v3")),
@@ -123,7 +129,42 @@ def _answer(hf: Path, groups: Groups, sizes: dict[str, Any]) -> Answer:
     answer.gradients = tiny.weights_as_hf(policy, cfg, of="gradients")
     answer.weights = tiny.weights_as_hf(policy, cfg)
     answer.is_same_on_all_ranks = _agree(answer, groups)
+    if groups.pp_size > 1 and groups.dp_size > 1:
+        answer.left_out = left_out(policy, groups)
     return answer
+
+
+def left_out(policy, groups: Groups) -> dict[str, bool]:
+    """What holds, on all ranks, of minibatches without a token to learn from, for a policy that has momentum.
+
+    Four of them by the mask, four by the weights; then one has tokens, on the first dp rank alone.
+    """
+    algo, scheduler = Algo(minibatches=4), policy.optimizer.scheduler
+    batch, adv_T = tiny.make_batch(tiny.make_groups(), groups.coords.dp, groups.dp_size, num_minibatches=4)
+    group_T = torch.repeat_interleave(batch.group_S, torch.diff(batch.cu_len_S1))
+    none_T, lone_T = torch.zeros_like(batch.mask_T), batch.mask_T & (group_T == 1) & (groups.coords.dp == 0)
+    first, place = _copies(policy), scheduler.num_steps
+    masked = policy.update(replace(batch, mask_T=none_T), adv_T, algo, objective=tiny.surrogate)
+    weightless = policy.update(replace(batch, weight_T=none_T.float()), adv_T, algo, objective=tiny.surrogate)
+    second = _copies(policy)
+    lone = policy.update(replace(batch, mask_T=lone_T), adv_T, algo, objective=tiny.surrogate)
+    mine = {
+        "no step": [masked.num_minibatches, weightless.num_minibatches, masked.num_tokens, weightless.num_tokens] == [0] * 4,
+        "weights and moments stay": all(map(torch.equal, first, second)),
+        "one step": lone.num_minibatches == 1 and lone.grad_norm > 0,
+        "it moves weights": not all(map(torch.equal, second, _copies(policy))),
+        "the schedule goes on": scheduler.num_steps == place + 12,
+    }
+    everywhere = gather_objects(mine, groups.world_cpu)
+    return {name: all(share[name] for share in everywhere) for name in mine}
+
+
+def _copies(policy) -> list[Tensor]:
+    """This rank's weights, and what Adam keeps of them."""
+    states = [state for part in policy.optimizer.inner.chained_optimizers for state in part.optimizer.state.values()]
+    moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    assert moments
+    return [tensor.detach().clone() for tensor in (*(tensor for _, _, tensor in policy.named_local()), *moments)]
 
 
 def _logits(policy, batch) -> Tensor:
@@ -150,14 +191,12 @@ def _logits(policy, batch) -> Tensor:
 
 def _agree(answer: Answer, groups: Groups) -> bool:
     """Log-probabilities on the ranks of one replica, and statistics on all ranks, are the same bits."""
-    from megatron_rpp.dist.collectives import gather_objects
-
     shares = gather_objects((groups.coords.dp, answer.logp_T, answer.stats), groups.world_cpu)
     return all(stats == answer.stats and (dp != groups.coords.dp or torch.equal(logp_T, answer.logp_T)) for dp, logp_T, stats in shares)
 
 
 def empty_rank(rank: int, root: Path) -> dict[str, object]:
-    """dp 2 with one response: rank 1 has no sequence. Then with a sequence whose mask is empty."""
+    """dp 2 with one response: rank 1 has no sequence. Then with a sequence whose mask is empty; then no rank has a token."""
     groups_of_one = tiny.make_groups(num_prompts=1, samples=1, seed=5)
     cfg = tiny.make_config(root / "qwen3", dp=2)
     with tiny.megatron(cfg) as groups:
@@ -169,7 +208,8 @@ def empty_rank(rank: int, root: Path) -> dict[str, object]:
         if rank == 1:
             masked = replace(masked, mask_T=torch.zeros_like(masked.mask_T))
         second = policy.update(masked, adv_T, cfg.algo, objective=tiny.surrogate)
-        return {"tokens": batch.num_tokens, "logp": logp_T.numel(), "stats": (first, second), "weights": tiny.weights_as_hf(policy, cfg)}
+        found = {"tokens": batch.num_tokens, "logp": logp_T.numel(), "stats": (first, second)}
+        return {**found, "left out": left_out(policy, groups)}
 
 
 def other_cuts(rank: int, root: Path) -> dict[int, tuple[UpdateStats, dict[str, Tensor]]]:

@@ -17,7 +17,7 @@ from tests.dist.ranks import run_ranks
 from tests.mcore import tiny
 from tests.mcore.hf import transformers as import_transformers
 
-LAYOUTS: dict[str, dict[str, int]] = {"tp2": {"tp": 2}, "pp2 vpp2": {"pp": 2, "vpp": 2}, "dp2": {"dp": 2}}
+LAYOUTS: dict[str, dict[str, int]] = {"tp2": {"tp": 2}, "pp2 vpp2": {"pp": 2, "vpp": 2}, "dp2": {"dp": 2}, "cp2": {"cp": 2}}
 KIND = "qwen2"  # tied: what a critic has no use for
 LR, MINIBATCHES, CLIP = 0.02, 2, 0.15
 
@@ -53,7 +53,7 @@ def _train(critic: Any, batch: PackedBatch, return_T: Tensor, cfg: Config) -> tu
 
 
 def _two_updates(rank: int, root: Path, name: str) -> dict[str, Any]:
-    """Values before and after. tp2 saves after its first update; the pipeline goes on from there too."""
+    """Values before and after, with an update on nothing in between. tp2 saves after its first; the pipeline goes on from there too."""
     cfg = _config(root, **LAYOUTS[name])
     with tiny.megatron(cfg) as groups:
         batch, return_T = _batch(groups.coords.dp, groups.dp_size)
@@ -61,8 +61,10 @@ def _two_updates(rank: int, root: Path, name: str) -> dict[str, Any]:
         stats, first = _train(critic, batch, return_T, cfg)
         if name == "tp2":
             critic.save(root / "critic")
+        masked = replace(first, mask_T=torch.zeros_like(first.mask_T))
+        nothing = critic.update(masked, return_T, minibatches=MINIBATCHES, value_clip=cfg.critic.value_clip)
         _train(critic, batch, return_T, cfg)
-        found = {"before": first.value_T, "stats": stats, "after": critic.values(batch)}
+        found = {"before": first.value_T, "stats": stats, "nothing": nothing, "after": critic.values(batch)}
         if name == "pp2 vpp2":
             other = _open(cfg, groups)
             other.load(root / "critic")
@@ -150,7 +152,7 @@ Answers = dict[str, list[dict[str, Any]]]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_values_start_at_zero_and_follow_plain_pytorch_through_two_updates(
+def test_values_start_at_zero_and_follow_plain_pytorch_through_two_updates_and_one_on_nothing(
     name: str, answers: Answers, expected: tuple[float, Tensor]
 ) -> None:
     loss, value_T = expected
@@ -160,6 +162,7 @@ def test_values_start_at_zero_and_follow_plain_pytorch_through_two_updates(
     stats = answers[name][0]["stats"]
     assert stats.loss == pytest.approx(loss, rel=1e-5)
     assert stats.values["value_loss"] == pytest.approx(loss, rel=1e-5)
+    assert answers[name][0]["nothing"].num_minibatches == 0
 
 
 def test_a_critic_saved_on_one_layout_goes_on_on_another(answers: Answers, expected: tuple[float, Tensor]) -> None:

@@ -16,6 +16,7 @@ from tests.mcore.test_layouts import worst
 
 CASES = [pytest.param(layout, kind, id=f"{kind}-{layout}") for layout, (_, kinds) in layouts.SPARSE_LAYOUTS.items() for kind in kinds]
 ALONE = [case for case in CASES if "dp" not in layouts.SPARSE_LAYOUTS[case.values[0]][0]]
+WHOLE = [case for case in ALONE if "cp" not in layouts.SPARSE_LAYOUTS[case.values[0]][0]]
 BIAS = "e_score_correction_bias"
 
 
@@ -41,7 +42,7 @@ def wanted(kind: str, root: Path) -> Wanted:
     return Wanted(before, logits_TV, logp_T, updated)
 
 
-@pytest.mark.parametrize(("layout", "kind"), ALONE)
+@pytest.mark.parametrize(("layout", "kind"), WHOLE)
 def test_logits_equal_transformers(layout: str, kind: str, sparse_root: Path) -> None:
     got = layouts.sparse_answers(layout, sparse_root)[kind].logits_TV
     torch.testing.assert_close(got, wanted(kind, sparse_root).logits_TV, rtol=0, atol=1e-5)
@@ -79,3 +80,9 @@ def test_statistics_are_token_means_over_all_ranks(layout: str, kind: str, spars
     assert answer.stats.num_tokens == int(pack_groups(tiny.make_groups(), 0, 1).mask_T.sum())
     assert answer.stats.loss == pytest.approx(want.updated.loss, abs=1e-6)
     assert answer.stats.grad_norm == pytest.approx(want.updated.grad_norm, rel=5e-6)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_a_minibatch_without_a_token_is_left_out_by_every_stage_and_every_rank_of_the_experts(kind: str, sparse_root: Path) -> None:
+    found = layouts.sparse_answers("pp2 vpp2 dp2, ep2", sparse_root)[kind].left_out
+    assert all(found.values()), found

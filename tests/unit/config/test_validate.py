@@ -77,7 +77,6 @@ REFUSED = [
     ("data.eval=train.csv", "data.eval: must be a .jsonl or .parquet file"),
     ("model.hf=nowhere", "model.hf: cannot read the model's config.json: No such file or directory"),
     # geometry
-    ("parallel.cp=2", "parallel.cp: context parallelism is not there yet, got 2"),
     ("parallel.vpp=2", "parallel.vpp: virtual chunks need a pipeline"),
     ("parallel.pp=3", "parallel.pp: the 4 layers do not divide into pp 3 x vpp 1 = 3 chunks"),
     ("parallel.tp=3", "parallel.tp: the 4 attention heads do not divide by 3"),
