@@ -1,10 +1,12 @@
 """Run a file of advantage fixtures through the package's own functions and compare every expected field.
 
-    python tools/check_fixtures.py shared/fixtures/advantage_fixtures.json --ranks 4
+    python tools/check_fixtures.py                      # tests/golden/advantage_fixtures.json
+    python tools/check_fixtures.py FILE --ranks 4 --wire fp8
 
 A fixture is {"id", "estimator", "inputs", "expected", optionally "variants"}. What it expects is compared in float64 with the
 file's tolerance. Of the variants, which hold other conventions, those that an option of ours selects are compared too. An
-estimator that this tool does not know is a failure unless it is left out by name. The families are in tools/fixtures/.
+estimator that this tool does not know is a failure unless it is left out by name. The families are in tools/fixtures/, the format
+in docs/golden_numbers.md.
 
 --ranks N: the rows of each batch are spread at random over N gloo processes, and what their parts come to must be what is
 expected of the whole.
@@ -31,6 +33,7 @@ from fixtures.rows import EXPECTED, Family, PerToken, Setting, Values
 from megatron_rpp.errors import RppError
 from megatron_rpp.stats.wire import MAX_LIMBS
 
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "advantage_fixtures.json"
 FAMILIES: dict[str, Family] = {**credit.FAMILIES, **losses.FAMILIES, **statistics.FAMILIES}
 
 
@@ -103,7 +106,7 @@ def load(path: Path) -> tuple[list[Values], tuple[float, float]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check advantage fixtures against the package's own functions.")
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?", default=GOLDEN, help="default: the golden numbers of this repository")
     parser.add_argument("--estimator", nargs="+", action="extend", metavar="NAME", help="only these")
     parser.add_argument("--exclude", nargs="+", action="extend", metavar="NAME", default=[], help="all but these")
     parser.add_argument("--ranks", type=int, default=1, help="gloo processes that share each batch")

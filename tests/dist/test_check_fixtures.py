@@ -15,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "check_fixtures.py"
-SHARED = ROOT.parent / "shared" / "fixtures" / "advantage_fixtures.json"
 
 Main = Callable[[Sequence[str]], int]
 Capture = pytest.CaptureFixture[str]
@@ -228,11 +227,11 @@ FIXTURES: list[dict[str, Any]] = [
 ]
 
 
-def _run(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own, as the fixtures of dist_whiten start processes themselves."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, str(TOOL), str(path), *options], capture_output=True, text=True, timeout=200, env=env, check=False
+        [sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=200, env=env, check=False
     )
 
 
@@ -342,9 +341,7 @@ def test_an_unusable_file_is_one_line(tmp_path: Path, main: Main, capsys: Captur
     assert len(said.splitlines()) == 1
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not beside this checkout")
-@pytest.mark.parametrize("ranks", ["1", "2", "4"])
-def test_the_shared_fixtures_pass(ranks: str) -> None:
-    done = _run(SHARED, "--ranks", ranks)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("passed, 0 failed\n")
+@pytest.mark.parametrize("options", [(), ("--ranks", "4", "--seed", "4"), ("--ranks", "2", "--wire", "fp8")], ids=" ".join)
+def test_the_golden_numbers_pass(options: tuple[str, ...]) -> None:
+    done = _run(*options)
+    assert (done.returncode, done.stdout) == (0, "55 passed, 0 failed\n"), done.stdout + done.stderr
