@@ -92,7 +92,7 @@ def gspo(
     some 1000 times narrower than ppo_clip's: with 0.2 nothing is ever clipped. No dual clip, which is about single tokens
     (verl accepts one here and ignores it).
 
-    A response must be whole: with context parallelism, where a rank sees part of one, mcore/policy.py refuses the loss.
+    A response must be whole; context parallelism, which cuts it inside the model, ends before the loss (mcore/forward.py).
 
     Shapes: logp_new_T, logp_old_T, adv_T [T], mask_T [T] bool, cu_len_S1 [S+1] -> TokenLoss of [T]
     Source: GSPO arXiv 2507.18071 Eq. 5 and 7, token form Eq. 13 and 14; bounds 3e-4 and 4e-4 in its section 5.1.
