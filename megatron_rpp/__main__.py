@@ -177,8 +177,9 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     print(f"  {'roll-out':30} {_ROLLOUT_DTYPES[cfg.rollout.dtype].format(cfg.model.dtype)}")
     for line in _preset_lines(cfg):
         print(f"  {line}")
-    for name, value in asdict(checked.geometry).items():
-        print(f"  {name.replace('_', ' '):30} {' to '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    known = {name.replace("_", " "): value for name, value in asdict(checked.geometry).items() if value is not None}
+    for name, value in known.items():
+        print(f"  {name:30} {' to '.join(map(str, value)) if isinstance(value, tuple) else value}")
     _print_warnings(checked)
     return 0
 
