@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.algo import correction, credit_stats, shaping
-from megatron_rpp.algo.advantage import NORMALISED, AdvantageStats, compute_advantages
+from megatron_rpp.algo.advantage import AdvantageStats, compute_advantages
 from megatron_rpp.algo.baselines import Scores
 from megatron_rpp.algo.gae import critic_returns
 from megatron_rpp.algo.returns import kl_penalties, kl_per_token
-from megatron_rpp.config.schema import Algo, Config
+from megatron_rpp.config.schema import NORMALISED, Algo, Config, Reward
 from megatron_rpp.data.packing import assign_ranks
 from megatron_rpp.dist.collectives import all_gather, gather_objects, sum_float64
 from megatron_rpp.dist.float8 import gathers_float8
@@ -136,3 +136,19 @@ class Credit:
             weights = correction.summarise(sum_float64(corrected.sums, group, name="correction of all ranks", **wait))
             found |= {f"correction/{name}": value for name, value in asdict(weights).items()}
         return found
+
+
+def truncation_warning(groups_P: Sequence[Group], reward: Reward) -> str | None:
+    """What is wrong where reward.truncated_coef raises a score: a negative one, which it brings nearer to 0. None where it does not."""
+    if reward.truncated_coef in (None, 1.0):
+        return None
+    responses = (response for group in groups_P for response in (*group.responses, *([group.greedy] if group.greedy else [])))
+    for response in responses:
+        if response.is_truncated and response.score < 0:
+            better = reward.truncated_coef * response.score + 0.0  # not -0
+            return (
+                f"reward.truncated_coef {reward.truncated_coef:g} rewards truncation: response {response.prompt_uid}/{response.sample} "
+                f"scored {response.score:g}, was cut off and gets {better:g}; where scores are negative set reward.truncated_score, "
+                "not above the lowest of them, in place of the coefficient"
+            )
+    return None

@@ -71,7 +71,8 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
             parts["engine"] = stack.enter_context(Engine.launch(settings, log=process.dir.logs / f"engine-{mine.index}.log"))
             pool = RewardPool(cfg.reward.name, cfg.reward.timeout_s, cfg.reward.num_workers, failed_score=cfg.reward.failed_score)
             parts["pool"] = stack.enter_context(pool)
-            parts["ledger"] = Ledger(process.dir.path / "ledger" / process.digest, mine.index)
+            if not reads_weights:  # a directory's weights may change under its name, and what others wrote must not count as theirs
+                parts["ledger"] = Ledger(process.dir.path / "ledger" / process.digest, mine.index)
 
         process.together("start engines and reward workers", start, here=leads)
         queue = _open_queue(process, tuple(group.leader for group in all_groups), mine.index if leads else None)
@@ -155,13 +156,15 @@ def _agree_on_places(process: Process, groups: tuple[EngineGroup, ...], led: Eng
 
 def _report_places(process: Process, live: LiveWeights, target: SGLangLayout, mine: EngineGroup | None) -> None:
     """Say how much of the weights need not travel, and how much the order of the engines' ranks adds to that."""
-    leads = mine is not None and mine.leader == process.groups.rank
-    plain = replace(target, places=tuple(sorted(target.places)))
-    counts = [kept_bytes(live.layout, layout, mine.ranks) for layout in (target, plain)] if leads else None
+    counts = None
+    if mine is not None and mine.leader == process.groups.rank:
+        kept, total = kept_bytes(live.layout, target, mine.ranks)
+        plain = tuple(sorted(target.places))
+        before = kept if target.places == plain else kept_bytes(live.layout, replace(target, places=plain), mine.ranks)[0]
+        counts = kept, total, before
     found = gather_objects(counts, process.groups.world_cpu, name="bytes that stay", deadline_s=process.deadline_s)
     if process.is_first:
-        ours, plain_ones = zip(*(counts for counts in found if counts), strict=True)
-        kept, total, before = sum(kept for kept, _ in ours), sum(total for _, total in ours), sum(kept for kept, _ in plain_ones)
+        kept, total, before = (sum(column) for column in zip(*filter(None, found), strict=True))
         order = "" if kept == before else f", {kept - before} of them by the order of the engines' ranks"
         process.log.say(f"        weights: {kept} of {total} bytes stay on their GPU at each update{order}")
 

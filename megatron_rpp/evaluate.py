@@ -18,7 +18,7 @@ VERSION = 0  # of the weights in the directory, which the engine loads by itself
 
 
 def evaluate_model(cfg: Config) -> None:
-    """Sample `cfg.data.eval` with the weights of `cfg.model.hf`, print the accuracy, write answers and a record to run.dir.
+    """Sample `cfg.data.eval` with the weights of `cfg.model.hf`, print the accuracy, write answers and a record to run.dir/rpp-eval.
 
     Raises: ConfigError, DataError, EngineError, DeadlineError.
     """
@@ -29,7 +29,7 @@ def evaluate_model(cfg: Config) -> None:
             got=cfg.model.megatron_checkpoint,
             fix="convert it first: python tools/convert_megatron_to_hf.py",
         )
-    with open_process(cfg) as process:
+    with open_process(cfg, "eval") as process:
         tokenizer = load_tokenizer(cfg.model.hf)
         prompts = load_prompts(cfg.data, tokenizer, path=cfg.data.eval).prompts[: cfg.eval.max_prompts]
         max_tokens = cfg.eval.max_response_tokens or cfg.rollout.max_response_tokens

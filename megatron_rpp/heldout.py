@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +47,20 @@ def evaluate(
 ) -> EvalResult:
     """Sample every prompt `num_samples` times and average the scores (avg@k; greedy pass@1 at k = 1).
 
+    What an interrupted evaluation of the same version finished is not sampled again, where it was sampled in the same way.
+
     table: on rank 0, every answer is written there as one JSON line, so that two evaluations can be compared.
     Returns the same result on every rank.
     """
+    way = hashlib.blake2b(repr(sampling).encode(), digest_size=4).hexdigest()
     groups = collector.collect(
-        prompts, step=EVAL_STEP, version=version, num_samples=num_samples, sampling=sampling, name=f"eval-{version:06d}", progress=progress
+        prompts,
+        step=EVAL_STEP,
+        version=version,
+        num_samples=num_samples,
+        sampling=sampling,
+        name=f"eval-{version:06d}.{way}",
+        progress=progress,
     )
     if table is not None and collector.groups.rank == 0:
         _write_table(groups, table)

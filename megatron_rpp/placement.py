@@ -75,8 +75,12 @@ class Colocated:
             try:
                 yield
             finally:
-                for model in self._trained:
-                    model.sleep()
+                self.sleep()
+
+    def sleep(self) -> None:
+        """The trainer frees what it alone needs. `training` ends so; before the first roll-out there was none."""
+        for model in self._trained:
+            model.sleep()
 
     def publish(self, *, version: int) -> None:
         """Every engine holds exactly the policy's weights and is stamped `version`, or the run stops on all ranks.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ from megatron_rpp.mcore.model import MegatronModel
 from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.observe.log import RunLog
 from megatron_rpp.observe.rundir import RunDir, versions
-from megatron_rpp.resume import complete_steps, settings_digest
+from megatron_rpp.resume import complete_steps, read_state, settings_digest, step_dir
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import describe
 from megatron_rpp.weights.hf_io import open_hf, read_json
@@ -78,22 +78,24 @@ class Process:
 
 
 @contextmanager
-def open_process(cfg: Config, *, can_resume: bool = False) -> Iterator[Process]:
+def open_process(cfg: Config, command: Literal["train", "sft", "eval"]) -> Iterator[Process]:
     """Join the run. Leaves the process groups closed and the run directory free, also after an error.
 
-    can_resume: whether the command knows how to go on from a checkpoint; run.resume then says whether it should.
-    Raises: RppError, on every rank when it happens on one.
+    command: `rpp train` has run.dir and goes on from its checkpoint where run.resume says so. The others start anew each time, each
+    in a folder of its own in run.dir, so that they leave the records of a training run with the same settings alone.
+    Raises: RppError, on every rank when it happens on one; CheckpointError when the checkpoint belongs to another experiment, before
+    anything is written.
     """
     with ExitStack() as stack:
         world = World.from_env()
         groups = init.start(cfg, world)
         stack.callback(init.stop)
-        directory = RunDir(cfg.run.dir)
+        directory = RunDir(cfg.run.dir if command == "train" else cfg.run.dir / f"rpp-{command}")
         error, step = None, 0
         if groups.rank == 0:
             try:
-                stack.enter_context(RunDir.open(cfg.run.dir))
-                step = _step_to_resume(cfg, directory) if can_resume else 0
+                stack.enter_context(RunDir.open(directory.path))
+                step = step_to_resume(cfg, directory) if command == "train" else 0
             except RppError as raised:
                 error = raised
         raise_together(error, groups=groups, what="open the run directory", deadline_s=cfg.run.deadline_s)
@@ -106,7 +108,8 @@ def open_process(cfg: Config, *, can_resume: bool = False) -> Iterator[Process]:
         yield process
 
 
-def _step_to_resume(cfg: Config, directory: RunDir) -> int:
+def step_to_resume(cfg: Config, directory: RunDir) -> int:
+    """Finished steps of the newest checkpoint; 0 where a run starts anew. Raises: CheckpointError."""
     steps = complete_steps(directory.checkpoints)
     if cfg.run.resume == "must" and not steps:
         raise CheckpointError(
@@ -114,7 +117,19 @@ def _step_to_resume(cfg: Config, directory: RunDir) -> int:
             where=str(directory.checkpoints),
             fix="set run.resume: auto to start anew, or run.dir to the directory of the run",
         )
-    return steps[-1] if steps and cfg.run.resume != "never" else 0
+    if not steps or cfg.run.resume == "never":
+        return 0
+    where, digest = step_dir(directory.checkpoints, steps[-1]), settings_digest(asdict(cfg))
+    saved = read_state(where).digest
+    if saved != digest:
+        raise CheckpointError(
+            "the checkpoint belongs to a run with other settings",
+            where=str(where),
+            expected=f"settings with digest {saved}: those of {directory.config}",
+            got=digest,
+            fix="restore the settings, choose another run.dir, or set run.resume: never",
+        )
+    return steps[-1]
 
 
 def _write_settings(process: Process) -> None:

@@ -57,12 +57,17 @@ def begin_save(root: Path, step: int) -> Path:
 
 
 def commit_save(root: Path, state: RunState, *, keep: int) -> Path:
-    """Write the state, rename, and drop all but the newest `keep` checkpoints. Rank 0 only, after all ranks have written."""
+    """Write the state, rename, and drop all but the newest `keep` checkpoints. Rank 0 only, after all ranks have written.
+
+    Checkpoints of this step and later ones are those of a run that was given up with run.resume: never: they would pass for this
+    one's newest, and `keep` would count them.
+    """
     partial = partial_dir(root, state.step)
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
     final = step_dir(root, state.step)
-    if final.exists():
-        shutil.rmtree(final)
+    for step in complete_steps(root):
+        if step >= state.step:
+            shutil.rmtree(step_dir(root, step))
     partial.rename(final)
     for step in complete_steps(root)[: -max(keep, 1)]:
         shutil.rmtree(step_dir(root, step))
@@ -100,8 +105,12 @@ def settings_digest(settings: dict[str, Any]) -> str:
 
 
 def drop_later(ledger: Path, newest: int) -> None:
-    """Forget the responses of steps after `newest`: they were sampled from weights that will not be there again, to the bit."""
-    for path in ledger.glob("*/step-*"):
-        step = path.name.removeprefix(PREFIX).split(".")[0]
-        if step.isdigit() and int(step) > newest:
-            path.unlink()
+    """Forget responses that the weights of steps after `newest` wrote: those will not be there again, to the bit.
+
+    Step n is sampled with the weights of step n - 1, and evaluated with its own.
+    """
+    for kind, last in (("step", newest + 1), ("eval", newest)):
+        for path in ledger.glob(f"*/{kind}-*"):
+            number = path.name.removeprefix(f"{kind}-").split(".")[0]
+            if number.isdigit() and int(number) > last:
+                path.unlink()

@@ -15,13 +15,13 @@ from megatron_rpp.algo.kl import adapted_coef
 from megatron_rpp.algo.mismatch import Mismatch, mismatch, summarise
 from megatron_rpp.collect import Collector
 from megatron_rpp.config.schema import Algo, Config
-from megatron_rpp.credit import Credit, Credited
+from megatron_rpp.credit import Credit, Credited, truncation_warning
 from megatron_rpp.data.prompts import PromptSet, PromptStream, load_prompts
 from megatron_rpp.data.template import load_tokenizer
 from megatron_rpp.dist.collectives import all_gather, barrier, gather_objects, sum_float64
 from megatron_rpp.draw import Drawn, draw
 from megatron_rpp.engines import Sampler, await_engines, open_engines, open_path, record_engines
-from megatron_rpp.errors import CheckpointError, NumericsError, StaleWeightsError
+from megatron_rpp.errors import NumericsError, StaleWeightsError
 from megatron_rpp.heldout import evaluate
 from megatron_rpp.mcore.critic import Critic
 from megatron_rpp.mcore.policy import Policy
@@ -104,7 +104,7 @@ class Session:
     @contextmanager
     def open(cls, cfg: Config) -> Iterator[Session]:
         """Everything a training run needs, the engines up and the prompts read. Raises: RppError, on every rank alike."""
-        with open_process(cfg, can_resume=True) as process:
+        with open_process(cfg, "train") as process:
             tokenizer = load_tokenizer(cfg.model.hf)
             longest = cfg.data.max_prompt_tokens + max(cfg.rollout.max_response_tokens, cfg.eval.max_response_tokens or 0)
             detokenise = partial(tokenizer.decode, skip_special_tokens=True)
@@ -135,7 +135,7 @@ class Session:
         self._held_out = load_prompts(data, tokenizer, path=data.eval) if data.eval is not None else None
         for prompts in (train, self._held_out):
             if prompts is not None and prompts.bad_rows:
-                self.log.warn(f"{prompts.path}: {len(prompts.bad_rows)} rows left out, see bad_rows.jsonl (data.on_bad_row=skip)")
+                self.log.warn(f"{prompts.path}: {len(prompts.bad_rows)} rows left out, see bad_rows.json (data.on_bad_row=skip)")
         bad = [row for prompts in (train, self._held_out) if prompts is not None for row in prompts.bad_rows]
         if bad and self.process.is_first:
             self.process.dir.write_json("bad_rows.json", [asdict(row) for row in bad])
@@ -145,33 +145,29 @@ class Session:
     def restore(self) -> int:
         """Finished steps: 0, or those of the checkpoint that was just loaded.
 
-        Raises: CheckpointError when the checkpoint belongs to another experiment or cannot be read.
+        Raises: CheckpointError when the checkpoint cannot be read.
         """
         step, ledger = self.process.resumed_step, self.process.dir.path / "ledger"
         if self.process.is_first:
             if step == 0:  # what lies there was written by weights that nobody can vouch for
                 shutil.rmtree(ledger, ignore_errors=True)
-            drop_later(ledger, step + 1)
-        if step == 0:
-            return 0
+            drop_later(ledger, step)
+        if step > 0:
+            self._load(step)
+        self.place.sleep()
+        return step
+
+    def _load(self, step: int) -> None:
         where = step_dir(self.process.dir.checkpoints, step)
         state = read_state(where)
-        if state.digest != self.process.digest:
-            raise CheckpointError(
-                "the checkpoint belongs to a run with other settings",
-                where=str(where),
-                expected=f"settings with digest {state.digest}",
-                got=f"{self.process.digest} (config.yaml of this directory)",
-                fix="restore the settings, choose another run.dir, or set run.resume: never",
-            )
         self.policy.load(where / "policy")
         if self.critic is not None:
             self.critic.load(where / "critic")
         if state.kl_coef is not None:
             self.algo = replace(self.algo, **{moving_coef(self.cfg.algo): state.kl_coef})
         self._prompts.load_state_dict(state.prompts)
+        self._saved_step = step
         self.log.say(f"going on from step {step} ({where})")
-        return step
 
     def is_asked_to_stop(self, step: int) -> bool:
         """Whether Slurm warned any rank of the time limit, since the run began. Collective, so that all stop after the same step."""
@@ -213,6 +209,8 @@ class Session:
         if len(drawn.kept) < rollout.prompts_per_step:
             found = f"{len(drawn.kept)} of {rollout.prompts_per_step} prompts after {drawn.refills} refills"
             self.log.say(f"        step {step}: {found}; the scores differ in {drawn.informative_frac:.0%} of the sampled groups")
+        if text := truncation_warning(drawn.kept, self.cfg.reward):
+            self.log.warn(f"step {step}: {text}", once="truncated_coef")
         return drawn
 
     def admit(self, groups: Sequence[Group], *, version: int) -> None:
@@ -265,12 +263,18 @@ class Session:
         if self.critic is None or step > cfg.critic.warmup_steps:
             policy = self.policy.update(credit.batch, credit.adv_T, algo, temperature=cfg.rollout.temperature)
             _check_finite(policy, f"step {step}, policy", "optim.lr")
+        if num_skipped := algo.minibatches - (policy or value).num_minibatches:
+            self.log.warn(
+                f"step {step}: {num_skipped} of {algo.minibatches} minibatches have no token to learn from and make no optimiser step: "
+                "algo.filter_truncated or the correction leaves nothing of them (policy/skipped_minibatches counts them)",
+                once="skipped_minibatches",
+            )
         return Improved(policy, value)
 
     def adapt_kl(self, drawn: Drawn, credit: Credited, update: Improved) -> None:
         """Move the KL coefficient towards algo.kl_target, by the divergence that it was paid for."""
-        if self.cfg.algo.kl_target is None or update.policy is None:
-            return
+        if self.cfg.algo.kl_target is None or update.policy is None or update.policy.num_minibatches == 0:
+            return  # nothing was paid for
         name = moving_coef(self.cfg.algo)
         coef = adapted_coef(
             getattr(self.algo, name),
@@ -286,12 +290,13 @@ class Session:
         values = rollout_metrics(drawn.sampled, drawn.kept) | credit.metrics
         values |= {f"mismatch/{name}": float(value) for name, value in asdict(mismatch).items() if name != "num_tokens"}
         if self.cfg.rollout.keep_groups == "informative":
-            values |= {"draw/refills": drawn.refills, "draw/kept_groups": len(drawn.kept), "draw/informative_frac": drawn.informative_frac}
+            values |= {"draw/refills": drawn.refills, "draw/kept_groups": len(drawn.kept)}
         if self.cfg.algo.kl_target is not None:
             values["policy/kl_coef"] = getattr(self.algo, moving_coef(self.cfg.algo))
         if update.policy is not None:
             values |= {f"policy/{name}": getattr(update.policy, name) for name in ("loss", "policy_loss", "kl_loss", "grad_norm")}
             values |= {f"policy/{name}": value for name, value in update.policy.values.items()}
+            values["policy/skipped_minibatches"] = self.algo.minibatches - update.policy.num_minibatches
         if update.critic is not None:
             values |= {f"critic/{name}": getattr(update.critic, name) for name in ("loss", "grad_norm")}
             values |= {f"critic/{name}": value for name, value in update.critic.values.items()}

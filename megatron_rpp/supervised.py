@@ -24,7 +24,7 @@ def supervise(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.model.hf)
     examples = load_examples(cfg.data, tokenizer, cfg.sft.train, max_tokens=cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens)
     optim = replace(cfg.optim, lr=cfg.sft.lr, warmup_steps=cfg.sft.warmup_steps, schedule="cosine")
-    with open_process(cfg) as process:
+    with open_process(cfg, "sft") as process:
         policy, live = open_policy(process, cfg=replace(cfg, optim=optim), total_steps=cfg.sft.steps)
         stream = PromptStream(examples.prompts, cfg.run.seed)
         for step in range(1, cfg.sft.steps + 1):

@@ -17,11 +17,8 @@ from megatron_rpp.algo.baselines import Scores, zero_variance_frac
 from megatron_rpp.algo.credit_stats import credit_share
 from megatron_rpp.algo.estimators import ESTIMATORS
 from megatron_rpp.algo.sequences import sequence_of
-from megatron_rpp.config.schema import Algo, EstimatorName
+from megatron_rpp.config.schema import Algo
 from megatron_rpp.types import PackedBatch
-
-# Whose paper whitens over the batch. The others' values are left as they are unless stats.normalise says on.
-NORMALISED: frozenset[EstimatorName] = frozenset({"reinforce_pp", "reinforce_pp_baseline", "gae"})
 
 
 class Population(Protocol):
@@ -53,7 +50,7 @@ class AdvantageStats:
     """What the normalisation saw, over the global batch and equal on every rank; and this rank's share of what it made.
 
     population_size: masked tokens, or responses with one where stats.population is `sample`. return_*: before the normalisation.
-    zero_variance_frac: prompts whose responses all have one score, shaped and before the clip.
+    zero_variance_frac: of the prompts with more than one score, shaped and before the clip, those whose scores are equal.
     share: for credit_stats.summarise, which takes the shares of all data-parallel ranks.
     """
 
@@ -75,9 +72,9 @@ def compute_advantages(
     mask are never read: NaN there does no harm.
 
     scores: of all responses of the step, equal on every rank. Every rank calls this, with an empty batch too.
-    kept_T: the tokens of batch.mask_T that stay in loss and statistics; None keeps all. A token that the roll-out correction
-    rejects, or a truncated response, leaves those, and yet was sampled: its KL, its value and its discount remain in the credit
-    of the others.
+    kept_T: the tokens of batch.mask_T that stay in the statistics; None keeps all. A truncated response that is filtered out leaves
+    them and the loss, and yet was sampled: its KL, its value and its discount remain in the credit. (What the roll-out correction
+    rejects leaves the loss alone: credit.py.)
     Shapes: kept_T [T] bool -> adv_T [T] float64
     Raises: NumericsError, on all ranks alike, when no rank has a kept token or a value is not finite; and for a group
     without a baseline.

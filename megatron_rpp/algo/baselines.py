@@ -104,9 +104,10 @@ def group_std(scores: Scores, group_S: Tensor, *, unbiased: bool) -> Tensor:
     def deviation(values: Sequence[float]) -> float:
         if min(values) == max(values):
             return 0.0
-        exact = list(map(Fraction, values))
+        unit = 2.0 ** (math.frexp(max(map(abs, values)))[1] - 1)  # squares of what is beyond 1e154 are no floats
+        exact = [Fraction(value) / Fraction(unit) for value in values]
         m2 = sum(value * value for value in exact) - sum(exact) ** 2 / len(exact)
-        return math.sqrt(m2 / (len(exact) - unbiased))
+        return unit * math.sqrt(m2 / (len(exact) - unbiased))
 
     return _look_up(_members(scores, 2), group_S, deviation)
 
@@ -131,27 +132,19 @@ def greedy_baseline(scores: Scores, group_S: Tensor) -> Tensor:
     return scores.greedy_P.double().to(group_S.device)[group_S]
 
 
-def is_informative(scores: Scores) -> Tensor:
-    """True for a response whose group has unequal scores.
-
-    Shapes: -> [all responses] bool
-    """
-    group_S = scores.group_S.unique(return_inverse=True)[1]
-    num_groups = int(group_S.max()) + 1 if group_S.numel() else 0
-    empty_P = torch.zeros(num_groups, dtype=scores.score_S.dtype)
-    high_P = empty_P.scatter_reduce(0, group_S, scores.score_S, reduce="amax", include_self=False)
-    low_P = empty_P.scatter_reduce(0, group_S, scores.score_S, reduce="amin", include_self=False)
-    return (high_P > low_P)[group_S]
-
-
 def zero_variance_frac(scores: Scores) -> float:
-    """The share of prompts all of whose responses have one score; 0 when there is no prompt.
+    """Of the prompts with more than one score, the greedy response's among them, the share whose scores are all equal; else 0.
 
     Shapes: -> scalar
     """
-    groups = scores.group_S.unique().numel()
-    informative = scores.group_S[is_informative(scores)].unique().numel()
-    return (groups - informative) / max(1, groups)
+    members: dict[int, list[float]] = defaultdict(list)
+    for group, score in zip(scores.group_S.tolist(), scores.score_S.tolist(), strict=True):
+        members[group].append(score)
+    if scores.greedy_P is not None:
+        for group, values in members.items():
+            values.append(float(scores.greedy_P[group]))
+    compared = [max(values) == min(values) for values in members.values() if len(values) > 1]
+    return sum(compared) / max(len(compared), 1)
 
 
 def _members(scores: Scores, min_size: int) -> dict[int, list[float]]:

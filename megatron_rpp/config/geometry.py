@@ -42,6 +42,12 @@ def has_even_layers(cfg: Config) -> bool:
     return not any(cfg.model.megatron.get(name) for name in UNEVEN_SPLITS)
 
 
+def num_optimiser_steps(cfg: Config) -> int:
+    """Those of the policy in a whole run: none while a critic warms up."""
+    warm_up = cfg.critic.warmup_steps if cfg.algo.estimator == "gae" else 0
+    return max(cfg.run.steps - warm_up, 1) * cfg.algo.minibatches
+
+
 def num_ranks(cfg: Config) -> int:
     """tp x cp x dp x pp."""
     return cfg.parallel.tp * cfg.parallel.cp * cfg.parallel.dp * cfg.parallel.pp

@@ -39,6 +39,8 @@ OWNED_MEGATRON = {
     **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16"), "set model.dtype"),
     **dict.fromkeys((*_SIZES, *_VARIANT, *_EXPERTS), "it is what config.json in model.hf says"),
     "calculate_per_token_loss": "the loss is always a token sum over the tokens of the optimiser step",
+    **dict.fromkeys(("hybrid_context_parallel", "hierarchical_context_parallel_sizes"), "parallel.cp cuts every sequence alike"),
+    **dict.fromkeys(("mtp_num_layers", "mtp_loss_scaling_factor"), "layers for several tokens ahead are neither loaded nor trained"),
     "variable_seq_lengths": "packed micro-batches always differ in length",
 }
 OWNED_SGLANG = {

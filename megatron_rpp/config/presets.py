@@ -19,7 +19,8 @@ PRESETS: dict[PresetName, Tree] = {
     "reinforce_pp": {"algo": {"estimator": "reinforce_pp", "kl_reward_coef": 1e-3, "kl_reward": "k1"}},
     # arXiv 2501.03262 Eq. 6 to 8: group mean, k2 as a loss. lambda is not printed there; 1e-5 is the authors' recipe (OpenRLHF).
     "reinforce_pp_baseline": {"algo": {"estimator": "reinforce_pp_baseline", "kl_loss_coef": 1e-5, "kl_loss": "k2_unbiased"}},
-    # ProRL v2 (NVIDIA), as the recipes of OpenRLHF and NeMo-RL have it.
+    # ProRL v2 (NVIDIA), as the recipes of OpenRLHF and NeMo-RL have it; 8 updates are OpenRLHF's (512 x 16 responses in 1024s), NeMo-RL
+    # makes one. Both have k2 without the ratio, which is the same in the first of them.
     "prorl_v2": {
         "algo": {
             "estimator": "reinforce_pp_baseline",
@@ -27,14 +28,16 @@ PRESETS: dict[PresetName, Tree] = {
             "kl_loss": "k2_unbiased",
             "clip_low": 0.2,
             "clip_high": 0.27,
+            "minibatches": 8,
         },
         "correction": {"kind": "icepop", "level": "token", "low": 0.5, "high": 5.0},
         "reward": {"truncated_coef": 0.0},
         "rollout": {"keep_groups": "informative"},
     },
-    # arXiv 2503.14476: clip higher, token mean, dynamic sampling, a soft penalty over the last 4096 of 20480 tokens, no KL.
+    # arXiv 2503.14476: clip higher, token mean, dynamic sampling, a soft penalty over the last 4096 of 20480 tokens, no KL; 16 updates on
+    # a roll-out (section 4.1), without which no ratio is ever clipped.
     "dapo": {
-        "algo": {"estimator": "grpo", "clip_low": 0.2, "clip_high": 0.28, "aggregate": "token_mean"},
+        "algo": {"estimator": "grpo", "clip_low": 0.2, "clip_high": 0.28, "aggregate": "token_mean", "minibatches": 16},
         "reward": {"overlong_frac": 0.2, "overlong_penalty": 1.0},
         "rollout": {"keep_groups": "informative"},
     },
@@ -52,13 +55,15 @@ PRESETS: dict[PresetName, Tree] = {
             "kl_reward": "k1",
         },
     },
-    # arXiv 2310.10505 Algorithm 2: the greedy response's score is the baseline; plain REINFORCE, KL in the reward.
+    # arXiv 2310.10505 Algorithm 2: the greedy response's score is the baseline; plain REINFORCE, a response's log-probability as a sum,
+    # KL in the reward with 0.05, which is in the authors' scripts. Their code differs from the paper: each token pays its own KL alone,
+    # gamma is 0.99, the mean is over tokens.
     "remax": {
         "algo": {
             "estimator": "remax",
             "loss": "reinforce",
             "aggregate": "seq_mean_token_sum",
-            "kl_reward_coef": 1e-3,
+            "kl_reward_coef": 0.05,
             "kl_reward": "k1",
         },
     },

@@ -149,6 +149,10 @@ class Correction:
     veto: float | None = None  # a response with a token below this weight is left out
 
 
+# Whose paper whitens over the batch. The others' values are left as they are unless stats.normalise says on.
+NORMALISED: frozenset[EstimatorName] = frozenset({"reinforce_pp", "reinforce_pp_baseline", "gae"})
+
+
 @config
 class Stats:
     """The normalisation of advantages over the global batch."""

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rpp.config.fp8_rules import fp8_problems
-from megatron_rpp.config.geometry import Geometry, derive, has_even_layers, num_ranks
+from megatron_rpp.config.geometry import Geometry, derive, has_even_layers, num_optimiser_steps, num_ranks
 from megatron_rpp.config.hf_shape import HfShape, read_hf_shape
 from megatron_rpp.config.options import option_problems
 from megatron_rpp.config.problems import Problem, refuse
-from megatron_rpp.config.schema import Config, Parallel
+from megatron_rpp.config.schema import Config, Eval, Parallel
 from megatron_rpp.config.validate_algo import algo_problems, algo_warnings, effect_problems
 from megatron_rpp.errors import ConfigError, GeometryError
 from megatron_rpp.host import num_gpus
@@ -124,6 +124,9 @@ def _ranges(cfg: Config) -> Iterator[Problem]:
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             yield Problem(f"optim.{name}", f"must be in [0, 1), got {getattr(optim, name)}")
+    if optim.schedule != "constant" and optim.warmup_steps >= num_optimiser_steps(cfg):
+        message = f"leaves the schedule none of the {num_optimiser_steps(cfg)} optimiser steps of the policy, got {optim.warmup_steps}"
+        yield Problem("optim.warmup_steps", f"{message}; lower it, or set optim.schedule: constant")
     if optim.min_lr > optim.lr:
         yield Problem("optim.min_lr", f"must not exceed optim.lr = {optim.lr}, got {optim.min_lr}")
 
@@ -132,6 +135,9 @@ def _without_effect(cfg: Config) -> Iterator[Problem]:
     """Settings that nothing would read."""
     if cfg.eval.every > 0 and cfg.data.eval is None:
         yield Problem("eval.every", "has no effect without data.eval; set the file with the held-out problems")
+    for name in ("max_prompts", "temperature"):
+        if getattr(cfg.eval, name) != getattr(Eval(), name) and cfg.data.eval is None:
+            yield Problem(f"eval.{name}", "has no effect without data.eval; set the file with the held-out problems")
     if cfg.optim.min_lr > 0 and cfg.optim.schedule == "constant":
         yield Problem("optim.min_lr", "has no effect with optim.schedule: constant; choose linear or cosine")
 
@@ -161,6 +167,8 @@ def _sft(cfg: Config) -> Iterator[Problem]:
         yield Problem("sft.out", "required by `rpp sft`: the HF directory that it writes")
     if cfg.sft.steps == 0:
         yield Problem("sft.steps", "required by `rpp sft`: at least 1, got 0")
+    elif cfg.sft.warmup_steps >= cfg.sft.steps:
+        yield Problem("sft.warmup_steps", f"leaves the schedule none of the {cfg.sft.steps} sft.steps, got {cfg.sft.warmup_steps}")
 
 
 def _layout(cfg: Config, world_size: int | None) -> Iterator[Problem]:
@@ -245,7 +253,5 @@ def _warnings(cfg: Config) -> Iterator[str]:
         yield f"{rollout.prompts_per_step} prompts do not divide into algo.minibatches {algo.minibatches}: optimiser steps differ in size"
     if rollout.prompts_per_step * rollout.samples_per_prompt < cfg.parallel.dp * algo.minibatches:
         yield f"fewer responses than dp {cfg.parallel.dp} x minibatches {algo.minibatches}: some ranks train on nothing"
-    if cfg.optim.schedule != "constant" and cfg.optim.warmup_steps >= cfg.run.steps * algo.minibatches:
-        yield f"optim.warmup_steps {cfg.optim.warmup_steps} covers the whole run of {cfg.run.steps * algo.minibatches} optimiser steps"
     if rollout.engines is not None and rollout.engines * rollout.tp < ranks:
         yield f"{ranks - rollout.engines * rollout.tp} of {ranks} ranks have no engine and idle during roll-out"

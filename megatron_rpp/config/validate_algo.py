@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_rpp.config.problems import Problem
-from megatron_rpp.config.schema import Algo, Config, Correction, Critic
+from megatron_rpp.config.schema import NORMALISED, Algo, Config, Correction, Critic, Stats
 
 MAX_LIMBS = 8  # of stats/wire.py
-# What a response is compared with in these is its own group.
+# What a response is compared with in these is its own group: their values are centred before any normalisation.
 NEED_GROUPS = ("reinforce_pp_baseline", "rloo", "grpo", "dr_grpo")
 
 
@@ -34,6 +34,9 @@ def algo_warnings(cfg: Config) -> Iterator[str]:
         yield f"algo.kl_reward {algo.kl_reward} is never negative, so it lowers long responses; k1 is the one whose sum is a divergence"
     if rollout.keep_groups == "informative" and algo.estimator in ("reinforce_pp", "gae"):
         yield f"rollout.keep_groups informative leaves out prompts that algo.estimator {algo.estimator} would learn from"
+    bounds = (algo.clip_low, algo.clip_high, algo.dual_clip)
+    if algo.minibatches == 1 and algo.loss != "reinforce" and bounds != (Algo().clip_low, Algo().clip_high, Algo().dual_clip):
+        yield "algo.clip_low, clip_high and dual_clip hold nothing: with algo.minibatches 1 new is old, and every ratio 1"
     if algo.loss == "reinforce" and algo.minibatches > 1:
         yield f"algo.loss reinforce has no ratio: from the second of {algo.minibatches} minibatches on its gradient is of another policy"
     if algo.loss == "gspo" and max(algo.clip_low, algo.clip_high) > 0.01:
@@ -60,9 +63,17 @@ def _ranges(cfg: Config) -> Iterator[Problem]:
         yield Problem("algo.reward_clip", f"must be [lowest, highest], got {list(algo.reward_clip)}")
     if cfg.stats.limbs is not None and cfg.stats.limbs > MAX_LIMBS:
         yield Problem("stats.limbs", f"must be at most {MAX_LIMBS}, which carry a float64, got {cfg.stats.limbs}")
+    if not cfg.stats.recentre and normalises(cfg) and algo.estimator not in NEED_GROUPS:
+        message = f"false divides values that algo.estimator {algo.estimator} does not centre by their deviation"
+        yield Problem("stats.recentre", f"{message}, 1e4 times too much where all scores of a batch are equal; set true")
     if algo.kl_target is not None and (algo.kl_reward_coef > 0) == (algo.kl_loss_coef > 0):
         got = f"{algo.kl_reward_coef} and {algo.kl_loss_coef}"
         yield Problem("algo.kl_target", f"moves the one of algo.kl_reward_coef and algo.kl_loss_coef that is not 0, got {got}")
+
+
+def normalises(cfg: Config) -> bool:
+    """Whether advantages are whitened over the global batch."""
+    return {"auto": cfg.algo.estimator in NORMALISED, "on": True, "off": False}[cfg.stats.normalise]
 
 
 def _groups(cfg: Config) -> Iterator[Problem]:
@@ -102,10 +113,16 @@ def _models(cfg: Config) -> Iterator[Problem]:
         yield Problem("critic.hf", "model.megatron_checkpoint has no weights for a critic; set the HF directory that it starts from")
     if algo.estimator == "gae" and cfg.critic.warmup_steps >= cfg.run.steps:
         yield Problem("critic.warmup_steps", f"leaves the policy none of the {cfg.run.steps} steps, got {cfg.critic.warmup_steps}")
+    cut = cfg.parallel.tp * cfg.parallel.cp
     for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
         if megatron.get(name) and algo.aggregate != "token_mean":
             message = "Megatron scales it by tokens, and the loss is divided by responses"
             yield Problem(f"model.megatron.{name}", f"{message} (algo.aggregate {algo.aggregate}); set 0, or algo.aggregate: token_mean")
+        elif megatron.get(name) and cut > 1:
+            message = f"megatron-core makes it tp x cp = {cut} times too small where these cut a sequence (NVIDIA/Megatron-LM#1652)"
+            yield Problem(f"model.megatron.{name}", f"{message}; set 0, or parallel.tp and parallel.cp: 1")
+    if "+" in str(megatron.get("cp_comm_type", "")):
+        yield Problem("model.megatron.cp_comm_type", f"needs groups that are not made here, got {megatron['cp_comm_type']}; set p2p")
 
 
 def effect_problems(cfg: Config) -> Iterator[Problem]:
@@ -135,6 +152,11 @@ def effect_problems(cfg: Config) -> Iterator[Problem]:
         yield Problem("reward.overlong_penalty", "has no effect while reward.overlong_frac is 0")
     if cfg.rollout.max_refills != 3 and cfg.rollout.keep_groups == "all":
         yield Problem("rollout.max_refills", "has no effect with rollout.keep_groups: all")
+    if not normalises(cfg):
+        reason = f"stats.normalise {stats.normalise} with algo.estimator {algo.estimator} leaves advantages as they are"
+        for name in ("population", "scope", "recentre"):
+            if getattr(stats, name) != getattr(Stats(), name):
+                yield Problem(f"stats.{name}", f"has no effect: {reason}")
     if stats.limbs is not None and stats.wire != "fp8":
         yield Problem("stats.limbs", f"counts the FP8 numbers of stats.wire fp8, got {stats.wire}")
     if stats.scope == "domain" and cfg.data.domain_key is None:

@@ -1,7 +1,7 @@
 """Model, optimizer, schedule and random states to and from a directory, in Megatron's torch_dist format.
 
-The format knows global tensors, not ranks: a checkpoint of one layout of tp, pp, vpp, ep, etp and dp loads into another. On the same
-layout a run continues bit for bit. Imports megatron: import it only after `init.start`.
+The format knows global tensors, not ranks: a checkpoint of one layout of tp, pp, vpp, cp, ep, etp and dp loads into another. On
+the same layout a run continues bit for bit. Imports megatron: import it only after `init.start`.
 
     <directory>/metadata.json .metadata common.pt __<rank>_<n>.distcp     Megatron's
     <directory>/files.json                         name -> bytes and CRC-32 of each of those, written last, checked before a load

@@ -25,6 +25,7 @@ from megatron_rpp.types import PackedBatch, UpdateStats
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_rpp.mcore.forward import Objective
     from megatron_rpp.mcore.microbatch import Packing
@@ -82,7 +83,7 @@ class MegatronModel:
             cfg.optim.microbatch_tokens,
             cfg.parallel.vpp,
             config.sequence_parallel,
-            is_count_shared=hf.experts is not None and cfg.parallel.ep * cfg.parallel.etp > 1,
+            is_count_shared=hf.experts is not None and (cfg.parallel.ep * cfg.parallel.etp > 1 or _balances_over_dp(config)),
         )
         parts = {"hf": hf, "groups": groups, "chunks": chunks, "packing": packing, "deadline_s": cfg.run.deadline_s}
         if not trainable:
@@ -182,9 +183,18 @@ class MegatronModel:
         return answer_T.to(batch.tokens_T.device)
 
     def _steps(
-        self, batch: PackedBatch, target_T: Tensor, num_minibatches: int, objective: Objective, temperature: float = 1.0
+        self,
+        batch: PackedBatch,
+        target_T: Tensor,
+        num_minibatches: int,
+        objective: Objective,
+        *,
+        temperature: float = 1.0,
+        live_T: Tensor | None = None,
     ) -> UpdateStats:
         """One optimiser step for each minibatch with a token to learn from. target_T: what the objective compares with, [T].
+
+        live_T: the tokens that the loss can learn from, [T] bool; default: those of the mask.
 
         A sequence's minibatch depends on its group alone, hence not on dp. In each step the loss is a sum over all ranks divided
         by the sum of denominators, and every statistic a sum divided by the tokens. A step whose gradient is not finite moves
@@ -192,7 +202,8 @@ class MegatronModel:
         A minibatch that has no such token on any rank is left out by all: Adam would move the weights by its momentum and decay.
         """
         parts, done = split_minibatches(batch.group_S, num_minibatches), []
-        for sequences, num_live in zip(parts, self._live_tokens(batch, parts), strict=True):
+        counts = self._count(batch.mask_T if live_T is None else live_T, [token_index(batch.cu_len_S1, part) for part in parts])
+        for sequences, num_live in zip(parts, counts, strict=True):
             if num_live == 0:
                 # The schedule is laid over the minibatches of a run, so that it ends where the run ends, whatever was left out.
                 self._trained().scheduler.step(1)
@@ -203,11 +214,10 @@ class MegatronModel:
                 break
         return self._stats(done)
 
-    def _live_tokens(self, batch: PackedBatch, parts: Sequence[Sequence[int]]) -> list[int]:
-        """Tokens of each part, over all data-parallel ranks, that are in the loss with a weight. One sum for all parts, before any
-        forward pass, so that nobody waits in one that others leave out."""
-        live_T = batch.mask_T if batch.weight_T is None else batch.mask_T & (batch.weight_T != 0)
-        mine = torch.stack([live_T[token_index(batch.cu_len_S1, part).to(live_T.device)].sum() for part in parts])
+    def _count(self, live_T: Tensor, indices: Sequence[Tensor]) -> list[int]:
+        """How many of these tokens each part has, over all data-parallel ranks. One sum for all parts, before any forward pass, so that
+        nobody waits in one that others leave out."""
+        mine = torch.stack([live_T[index.to(live_T.device)].sum() for index in indices])
         return sum_int64(mine, self.groups.dp, name="tokens of each minibatch", deadline_s=self._deadline_s).tolist()
 
     def _step(self, batch: PackedBatch, target_T: Tensor, objective: Objective, temperature: float) -> tuple[Sums, StepResult]:
@@ -235,6 +245,12 @@ class MegatronModel:
     def _set_training(self, is_training: bool) -> None:
         for chunk in self.chunks:
             chunk.train(is_training)
+
+
+def _balances_over_dp(config: TransformerConfig) -> bool:
+    """Whether routers count tokens over all data-parallel ranks in every forward pass."""
+    kinds = config.moe_router_load_balancing_type
+    return "global_aux_loss" in ([kinds] if isinstance(kinds, str) else kinds)
 
 
 def _uses_cuda(groups: Groups) -> bool:

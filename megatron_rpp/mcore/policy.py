@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.algo.objective import policy_objective
+from megatron_rpp.config.geometry import num_optimiser_steps
 from megatron_rpp.config.schema import Algo, Config
 from megatron_rpp.mcore.model import MegatronModel
 from megatron_rpp.types import PackedBatch, UpdateStats
@@ -25,8 +26,7 @@ class Policy(MegatronModel):
     @classmethod
     def num_steps(cls, cfg: Config) -> int:
         """While a critic warms up the policy makes none."""
-        warm_up = cfg.critic.warmup_steps if cfg.algo.estimator == "gae" else 0
-        return max(cfg.run.steps - warm_up, 1) * cfg.algo.minibatches
+        return num_optimiser_steps(cfg)
 
     def logprobs(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the masked tokens, on every rank of the replica; 0 elsewhere.
@@ -46,7 +46,10 @@ class Policy(MegatronModel):
         """
         if objective is None:
             objective = partial(policy_objective, algo=algo)
-        return self._steps(batch, adv_T, algo.minibatches, objective, temperature)
+        live_T = batch.mask_T
+        if batch.weight_T is not None and algo.kl_loss_coef == algo.entropy_coef == 0.0:  # a token of weight 0 still has those terms
+            live_T = live_T & (batch.weight_T != 0)
+        return self._steps(batch, adv_T, algo.minibatches, objective, temperature=temperature, live_T=live_T)
 
     def supervise(self, batch: PackedBatch) -> UpdateStats:
         """One optimiser step on the mean negative log-likelihood of the masked tokens (supervised warm-up)."""

@@ -44,7 +44,7 @@ def update_stats(parts: Iterable[Sums], results: Sequence[StepResult]) -> Update
     """Means over the tokens of an update, from the sums of all its minibatches on all data-parallel ranks.
 
     loss = sum / sum of denominators;  any other value = sum / number of tokens;  for a name that ends in _max, the maximum;
-    lr is that of the last step. Minibatches of unequal size are weighed by it: nothing is a mean of means.
+    lr is that of the last step, and absent without one. Minibatches of unequal size are weighed by it: nothing is a mean of means.
     """
     total = add(parts)
     tokens = max(total.num_tokens, 1)
@@ -53,11 +53,11 @@ def update_stats(parts: Iterable[Sums], results: Sequence[StepResult]) -> Update
         loss=total.loss / max(total.denominator, 1),
         policy_loss=values.pop("policy_loss", 0.0),
         kl_loss=values.pop("kl_loss", 0.0),
-        grad_norm=_sum([result.grad_norm for result in results]) / len(results),
+        grad_norm=_sum([result.grad_norm for result in results]) / max(len(results), 1),
         num_minibatches=len(results),
         num_tokens=total.num_tokens,
         is_finite=all(result.is_finite for result in results) and math.isfinite(total.loss),
-        values={**values, "lr": results[-1].lr},
+        values=values | ({"lr": results[-1].lr} if results else {}),
     )
 
 

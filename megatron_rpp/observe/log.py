@@ -23,6 +23,7 @@ class RunLog:
         is_drawn = run is not None and observe.tensorboard
         self._board = sinks.TensorBoard(run.tensorboard, resumed_step=resumed_step) if is_drawn else None
         self._held_out: dict[str, Value] = {}
+        self._warned: set[str] = set()
 
     def step(self, step: int, values: Mapping[str, Value], *, timing: Mapping[str, float] | None = None) -> None:
         """Record one finished training step and show its row. timing: what the clock says, in a file of its own."""
@@ -54,8 +55,12 @@ class RunLog:
     def say(self, text: str) -> None:
         self._console.say(text)
 
-    def warn(self, text: str) -> None:
-        self._console.warn(text)
+    def warn(self, text: str, *, once: str | None = None) -> None:
+        """once: the name of a warning that is not said again until the process ends, though its text may change."""
+        if once not in self._warned:
+            self._console.warn(text)
+        if once is not None:
+            self._warned.add(once)
 
     def summary(self) -> dict[str, Value]:
         """The whole run in one value a name; empty on ranks that do not write."""

@@ -45,11 +45,6 @@ class Moments:
     mean_tail: float = 0.0
 
     @property
-    def m2(self) -> float:
-        """The sum of squared deviations from the mean."""
-        return self.variance * self.n
-
-    @property
     def std(self) -> float:
         return math.sqrt(self.variance)
 
@@ -57,24 +52,6 @@ class Moments:
     def scale(self) -> float:
         """What whitening multiplies by: 1 / sqrt(max(variance, 1e-8))."""
         return 1.0 / math.sqrt(max(self.variance, VARIANCE_FLOOR))
-
-
-def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of two sets put together, from their moments alone; for values that are no longer there.
-
-    delta = b.mean - a.mean;  mean = a.mean + delta * b.n / n;  m2 = a.m2 + b.m2 + delta^2 * a.n * b.n / n
-    Source: Chan, Golub, LeVeque (1979). Rounds, so its bits depend on the order; distributed_moments does not use it.
-    """
-    if a.n == 0 or b.n == 0:
-        return b if a.n == 0 else a
-    n, delta = a.n + b.n, b.mean - a.mean
-    return Moments(
-        n=n,
-        mean=a.mean + delta * b.n / n,
-        variance=(a.m2 + b.m2 + delta * delta * a.n * b.n / n) / n,
-        min=min(a.min, b.min),
-        max=max(a.max, b.max),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +88,8 @@ def distributed_moments(
         mean = sum x / n;  variance = sum (x - mean)^2 / n
     sequence_T given: the sample population, each sequence with a masked token counts once, whatever its length L_i:
         mean = sum_i sum_t x[t] / (L_i * n);  variance = sum_i sum_t (x[t] - mean)^2 / (L_i * n)
+    The tokens of a sequence may lie on several ranks in the first (in the pieces of context parallelism, say), where tokens are all
+    that counts. In the second a sequence must be whole on one rank: its pieces would each count once, and nothing tells them apart.
 
     domain_T given: these moments for each domain by itself. num_domains must be the same on every rank.
     group None: this process alone, no collective (not torch's None, which would be everybody).
@@ -198,7 +177,7 @@ def whiten(
 
     out[t] = (x[t] - mean) / sqrt(max(variance, 1e-8)) where mask[t], else 0; without recentre (x[t] / sqrt(...)), the variance
     still being that about the mean; without rescale x[t], and the statistics are only measured.
-    population: token counts every masked value once, sample every sequence once.
+    population: token counts every masked value once, sample every sequence once, which must then be whole on one rank.
     scope: over everything, or over the sequences of each domain by themselves. A domain without a value is skipped. The
     population that is returned is the global one either way. num_domains: the same on every rank; needed with a group.
     wire, limbs: how the sums travel, see wire.py.

@@ -231,7 +231,10 @@ def _merged(numbers: Sequence[Sequence[float]], agreed: Agreed) -> tuple[Fractio
 
 
 def pooled(parts: Sequence[tuple[int, Fraction, Fraction]]) -> tuple[Fraction, Fraction]:
-    """Mean and variance of several sets together, from (n, mean, variance) of each."""
+    """Mean and variance of several sets together, from (n, mean, variance) of each; exact, so in any order.
+
+    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+    """
     n = sum(part[0] for part in parts)
     mean = sum((size * centre for size, centre, _ in parts), Fraction(0)) / n
     return mean, sum((size * (variance + (centre - mean) ** 2) for size, centre, variance in parts), Fraction(0)) / n

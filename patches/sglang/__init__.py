@@ -14,6 +14,7 @@ from megatron_rpp_patches.sglang import (
     p107_fp8_linear_on_cpu,
     p108_fp8_in_float32,
     p109_fp8_experts_on_cpu,
+    p110_noise_by_vocabulary,
 )
 
 PATCHES: tuple[Patch, ...] = (
@@ -27,4 +28,5 @@ PATCHES: tuple[Patch, ...] = (
     p107_fp8_linear_on_cpu.PATCH,
     p108_fp8_in_float32.PATCH,
     p109_fp8_experts_on_cpu.PATCH,
+    p110_noise_by_vocabulary.PATCH,
 )

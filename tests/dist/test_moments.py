@@ -17,14 +17,15 @@ from megatron_rpp.errors import DeadlineError, NumericsError
 from megatron_rpp.stats.moments import Population, distributed_moments, whiten
 from megatron_rpp.stats.wire import Wire
 from tests.dist.ranks import run_ranks
-from tests.unit.stats.batches import responses
+from tests.unit.stats.batches import cut, dealt, responses
 from tests.unit.stats.split import Response, over_ranks
 
 WIRES = (Wire(), Wire("fp32"), Wire("fp8"), Wire("fp8", 1), Wire("fp8", 3))
 NUM_DOMAINS = 3
+EXACT, PIECES, LOSSY = 2000, 2000, 500  # examples
 
 
-def _whitened(batch: list[Response], wire: Wire, **options: Any) -> tuple[list[list[float]], Population]:
+def _whitened(batch: list[Response], *, wire: Wire, **options: Any) -> tuple[list[list[float]], Population]:
     """This process's responses over the whole group; the whitened values of each."""
     x_T = torch.tensor([value for one in batch for value in one.values], dtype=torch.float64)
     mask_T = torch.tensor([flag for one in batch for flag in one.mask], dtype=torch.bool)
@@ -32,40 +33,55 @@ def _whitened(batch: list[Response], wire: Wire, **options: Any) -> tuple[list[l
     domain_S = torch.tensor([one.domain for one in batch], dtype=torch.int64)
     fixed = {"sequence_T": sequence_T, "domain_S": domain_S, "num_domains": NUM_DOMAINS, "wire": wire.name, "limbs": wire.limbs}
     out_T, seen = whiten(x_T, mask_T, **fixed, **options)
-    return [part.tolist() for part in out_T.split([len(one.values) for one in batch])], seen
+    values = iter(out_T.tolist())
+    return [[next(values) for _ in one.values] for one in batch], seen
 
 
-def _examples(rank: int, ranks: int, count: int) -> str:
-    """Random batches and splits, which all ranks draw alike. On the exact wire: what one process has from the whole batch, bit for
-    bit. On the others: what the ranks' numbers come to when they are handed over in one process."""
-    everything = []
-    for example in range(count):
-        dice = random.Random(example)
-        batch = responses(dice, num_domains=NUM_DOMAINS)
-        shares = [[] for _ in range(ranks)]
-        for number in dice.sample(range(len(batch)), len(batch)):
-            dice.choice(shares).append(number)
-        wire = WIRES[0] if example % 2 else dice.choice(WIRES[1:])
-        population, scope = dice.choice(("token", "sample")), dice.choice(("global", "domain"))
-        mine = [batch[number] for number in shares[rank]]
-        out, seen = _whitened(mine, wire, group=dist.group.WORLD, population=population, scope=scope, deadline_s=60.0)
-        if wire.name == "fp64":
-            whole_out, whole = _whitened(batch, wire, group=None, population=population, scope=scope)
-            assert repr(out) == repr([whole_out[number] for number in shares[rank]]), example
-        else:
-            parts = [[batch[number] for number in share] for share in shares]
-            num_domains = NUM_DOMAINS if scope == "domain" else 1
-            whole, _ = over_ranks(parts, wire=wire, by_sequence=population == "sample", num_domains=num_domains)
-        assert repr(seen) == repr(whole), example
-        everything.append(repr(seen))
-    return "".join(everything)
+def _example(number: int, ranks: int) -> tuple[list[Response], list[list[tuple[int, range]]], dict[str, Any]]:
+    """A batch, what each rank holds of it, and settings; all ranks draw alike. Of the batch and the settings any number of ranks
+    makes the same, but for the pieces of a lossy wire."""
+    dice = random.Random(number)
+    batch = responses(dice, num_domains=NUM_DOMAINS)
+    options = {"population": dice.choice(("token", "sample")), "scope": dice.choice(("global", "domain")), "wire": WIRES[0]}
+    cps = {2: (1, 2), 4: (1, 2, 4)}[ranks]
+    if number < EXACT:
+        cp = 1
+    elif number < EXACT + PIECES:
+        options["population"], cp = "token", dice.choice(cps[1:])
+    else:
+        options["wire"] = dice.choice(WIRES[1:])
+        cp = 1 if options["population"] == "sample" else dice.choice(cps)
+    return batch, dealt(dice, [len(one.values) for one in batch], ranks // cp, cp), options
+
+
+def _answers(rank: int, ranks: int) -> list[tuple[str, str]]:
+    """The whitened values of each piece that this rank holds, and what it saw, of all examples."""
+    answers = []
+    for number in range(EXACT + PIECES + LOSSY):
+        batch, shares, options = _example(number, ranks)
+        out, seen = _whitened([cut(batch[i], places) for i, places in shares[rank]], group=dist.group.WORLD, deadline_s=60.0, **options)
+        answers.append((repr(out), repr(seen)))
+    return answers
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_any_split_over_ranks_gives_the_same_bits(ranks: int) -> None:
-    """2,000 batches, one start of processes: every wire, both populations, domains that some ranks lack, empty ranks."""
-    first, *others = run_ranks(ranks, _examples, ranks, 2000, timeout_s=240)
-    assert all(one == first for one in others)
+    """One start of processes: EXACT batches dealt as whole responses in both populations, PIECES as the pieces of data- and
+    context-parallel ranks, LOSSY on the other wires; domains that some ranks lack, empty ranks. On the exact wire: what one process
+    has from the whole batch, bit for bit. On the others: what the ranks' numbers come to when they are handed over in one process."""
+    of_rank = run_ranks(ranks, _answers, ranks, timeout_s=240)
+    for number, answers in enumerate(zip(*of_rank, strict=True)):
+        batch, shares, options = _example(number, ranks)
+        if options["wire"] == WIRES[0]:
+            whole_out, whole = _whitened(batch, group=None, **options)
+            expected = [[whole_out[i][places.start : places.stop] for i, places in share] for share in shares]
+            assert [out for out, _ in answers] == [repr(out) for out in expected], number
+        else:
+            parts = [[cut(batch[i], places) for i, places in share] for share in shares]
+            num_domains = NUM_DOMAINS if options["scope"] == "domain" else 1
+            by_sequence = options["population"] == "sample"
+            whole, _ = over_ranks(parts, wire=options["wire"], by_sequence=by_sequence, num_domains=num_domains)
+        assert [seen for _, seen in answers] == [repr(whole)] * ranks, number
 
 
 def _counted(rank: int) -> list[int]:
@@ -83,7 +99,7 @@ def _counted(rank: int) -> list[int]:
         for population, scope in (("token", "global"), ("sample", "global"), ("sample", "domain")):
             calls.clear()
             batch = [Response((1.0, rank), (True, True), domain) for domain in range(NUM_DOMAINS)]
-            _, seen = _whitened(batch, wire, group=dist.group.WORLD, population=population, scope=scope)
+            _, seen = _whitened(batch, wire=wire, group=dist.group.WORLD, population=population, scope=scope)
             assert sum(calls) == seen.wire_bytes
             answers += [len(calls), max(calls) // (NUM_DOMAINS if scope == "domain" else 1)]
     return answers
@@ -112,7 +128,7 @@ def _errors_of(rank: int, cases: list[list[list[float]]]) -> list[str]:
     for values, wire, scope in ((values, wire, scope) for values in cases for wire in WIRES[:3] for scope in ("global", "domain")):
         batch = [Response((value,), (True,), domain) for domain, value in enumerate(values[rank])]
         try:
-            _whitened(batch, wire, group=dist.group.WORLD, scope=scope, deadline_s=20.0)
+            _whitened(batch, wire=wire, group=dist.group.WORLD, scope=scope, deadline_s=20.0)
         except NumericsError as error:
             said.append(str(error))
     return said

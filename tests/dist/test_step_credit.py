@@ -19,7 +19,8 @@ from megatron_rpp.errors import NumericsError
 from megatron_rpp.types import Group, PackedBatch, Prompt, Response
 from tests.dist.ranks import run_ranks
 
-RANKS, MAX_TOKENS = 3, 12
+RANKS, MAX_TOKENS = 4, 12
+Answers = list[dict[str, tuple[Credited, Credited, Credited]]]
 
 CASES: dict[str, dict[str, Any]] = {
     "rloo, its KL in the score": {"algo": Algo(estimator="rloo", kl_reward_coef=0.3)},
@@ -66,31 +67,39 @@ def _assign(case: str, groups: Groups, dp_rank: int, dp_size: int) -> Credited:
     return Credit(cfg, groups, deadline_s=20).assign(batch, groups_P, cfg.algo)
 
 
-def _both(rank: int) -> dict[str, tuple[Credited, Credited]]:
-    """Split over all ranks; and everything on this one."""
+def _all(rank: int) -> dict[str, tuple[Credited, Credited, Credited]]:
+    """Split over all ranks; everything on this one; and split over two data-parallel ranks of two context-parallel ones each."""
     from torch import distributed as dist
 
     everyone = dist.group.WORLD
     alone = [dist.new_group([one]) for one in range(RANKS)][rank]
+    # Context-parallel peers are neighbours, as in Megatron; they hold equal, whole responses.
+    dp = [dist.new_group([cp, 2 + cp]) for cp in range(2)][rank % 2]
+    peers = [dist.new_group([2 * one, 2 * one + 1]) for one in range(2)][rank // 2]
 
-    def groups(world: Any, dp: int) -> Groups:
-        coords = Coords(tp=0, cp=0, dp=dp, pp=0)
+    def groups(world: Any, place: int) -> Groups:
+        coords = Coords(tp=0, cp=0, dp=place, pp=0)
         return Groups(coords, world, world, dp=world, dp_cp=world, tp=alone, cp=alone, pp=alone, model=alone)
 
-    return {case: (_assign(case, groups(everyone, rank), rank, RANKS), _assign(case, groups(alone, 0), 0, 1)) for case in CASES}
+    coords = Coords(tp=0, cp=rank % 2, dp=rank // 2, pp=0)
+    cut = Groups(coords, everyone, everyone, dp=dp, dp_cp=everyone, tp=alone, cp=peers, pp=alone, model=peers)
+    layouts = (groups(everyone, rank), rank, RANKS), (groups(alone, 0), 0, 1), (cut, rank // 2, 2)
+    return {case: tuple(_assign(case, *layout) for layout in layouts) for case in CASES}
 
 
 @pytest.fixture(scope="module")
-def answers() -> list[dict[str, tuple[Credited, Credited]]]:
-    return run_ranks(RANKS, _both, timeout_s=120)
+def answers() -> Answers:
+    return run_ranks(RANKS, _all, timeout_s=120)
 
 
+@pytest.mark.parametrize("cp", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_a_split_batch_gets_the_bits_of_the_whole(case: str, answers: list[dict[str, tuple[Credited, Credited]]]) -> None:
-    owners = assign_ranks(make_groups(), RANKS)
+def test_a_split_batch_gets_the_bits_of_the_whole(case: str, cp: int, answers: Answers) -> None:
+    owners = assign_ranks(make_groups(), RANKS // cp)
     for rank in range(RANKS):
-        share, whole = answers[rank][case]
-        index = token_index(whole.batch.cu_len_S1, [number for number, owner in enumerate(owners) if owner == rank])
+        _, whole, _ = answers[rank][case]
+        share = answers[rank][case][{1: 0, 2: 2}[cp]]
+        index = token_index(whole.batch.cu_len_S1, [number for number, owner in enumerate(owners) if owner == rank // cp])
         assert torch.equal(share.adv_T, whole.adv_T[index])
         assert torch.equal(share.batch.mask_T, whole.batch.mask_T[index])
         assert (share.return_T is None) == (whole.return_T is None)
@@ -98,11 +107,11 @@ def test_a_split_batch_gets_the_bits_of_the_whole(case: str, answers: list[dict[
         if share.batch.weight_T is not None:
             assert torch.equal(share.batch.weight_T, whole.batch.weight_T[index])
         assert share.metrics == pytest.approx(whole.metrics, rel=1e-12, nan_ok=False)
-        assert share.metrics == answers[0][case][0].metrics
+        assert share.metrics == answers[0][case][{1: 0, 2: 2}[cp]].metrics
 
 
-def test_the_cases_do_what_they_are_named_after(answers: list[dict[str, tuple[Credited, Credited]]]) -> None:
-    whole = {case: pair[1] for case, pair in answers[0].items()}
+def test_the_cases_do_what_they_are_named_after(answers: Answers) -> None:
+    whole = {case: found[1] for case, found in answers[0].items()}
     plain = with_models(pack_groups(make_groups(), 0, 1)).mask_T
     assert whole["baseline without truncated"].batch.mask_T.sum() < plain.sum()
     assert whole["baseline, mis"].batch.mask_T.sum() < plain.sum()
@@ -113,7 +122,7 @@ def test_the_cases_do_what_they_are_named_after(answers: list[dict[str, tuple[Cr
     assert len({case for case, one in whole.items() if one.metrics["adv/abs_max"] > 0}) == len(CASES)
 
 
-def test_rejected_tokens_stay_in_the_statistics_and_leave_the_loss(answers: list[dict[str, tuple[Credited, Credited]]]) -> None:
+def test_rejected_tokens_stay_in_the_statistics_and_leave_the_loss(answers: Answers) -> None:
     rejected = answers[0]["baseline, mis"][1]
     plain = with_models(pack_groups(make_groups(), 0, 1))
     assert rejected.metrics["adv/population_size"] == float(plain.mask_T.sum())

@@ -33,3 +33,14 @@ def uninterrupted(yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> runs.
     run = runs.train(yaml, tmp_path_factory.mktemp("runs") / "uninterrupted")
     assert run.code == 0, run.output
     return run
+
+
+@pytest.fixture(scope="session")
+def stateful(yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> runs.Finished:
+    """Twenty steps at TP2 with all state that a run can have, started by torchrun; checkpoints after every sixth."""
+    run_dir = tmp_path_factory.mktemp("runs") / "stateful"
+    torchrun = ("--nproc-per-node=2", "--standalone", "-m", "megatron_rpp")
+    words = ("train", str(yaml), f"run.dir={run_dir}", "run.steps=20", "checkpoint.every=6", *runs.STATEFUL)
+    run = runs.Finished(run_dir, *runs.rpp(*torchrun, *words, module="torch.distributed.run"))
+    assert run.code == 0, run.output
+    return run

@@ -37,6 +37,11 @@ checkpoint: {{every: 3, keep: 3}}
 observe: {{tensorboard: false, console: plain}}
 run: {{steps: 6}}
 """
+# All state that a run can have: a critic and its optimizer, a KL coefficient that moves, a cursor that refills have moved. Of the
+# problems, every one with an odd answer is refilled.
+STATEFUL = ("preset=ppo", "critic.lr=1e-3", "critic.warmup_steps=1", "algo.kl_loss_coef=0", "algo.kl_target=0.1", "algo.kl_horizon=32")
+STATEFUL += ("reward.name=tests.e2e.rewards:digits_of_even_problems", "rollout.keep_groups=informative", "rollout.prompts_per_step=4")
+STATEFUL += ("eval.every=3", "checkpoint.keep=9")
 
 
 @dataclass(frozen=True)
@@ -156,10 +161,19 @@ def processes_of(run_dir: Path) -> list[str]:
     return found
 
 
-def checkpoint_digest(run_dir: Path, step: int, scratch: Path) -> dict[str, str]:
+def ledger(run_dir: Path) -> dict[str, int]:
+    """Name of each roll-out -> when its last response was written, in nanoseconds."""
+    return {path.name.removesuffix(".leader-0.jsonl"): path.stat().st_mtime_ns for path in run_dir.glob("ledger/*/*.jsonl")}
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def checkpoint_digest(run_dir: Path, step: int, scratch: Path, *, of: str = "policy") -> dict[str, str]:
     """Name -> digest of every tensor in a checkpoint: weights, optimiser state; whatever files they lie in."""
-    merged = scratch / f"{run_dir.name}-{step}.pt"
-    dcp_to_torch_save(run_dir / "checkpoints" / f"step-{step:06d}" / "policy", merged)
+    merged = scratch / f"{run_dir.name}-{step}-{of}.pt"
+    dcp_to_torch_save(checkpoint(run_dir, step) / of, merged)
     digests: dict[str, str] = {}
 
     def walk(name: str, value: Any) -> None:

@@ -43,10 +43,13 @@ def test_a_second_run_with_the_same_seed_writes_the_same_bytes(yaml: Path, unint
     assert runs.checkpoint_digest(again.dir, 6, tmp_path) == runs.checkpoint_digest(uninterrupted.dir, 6, tmp_path)
 
 
-def test_kill_9_and_resume_changes_no_byte_of_metrics_and_weights(yaml: Path, uninterrupted: runs.Finished, tmp_path: Path) -> None:
-    """3 steps, a checkpoint, a step that is lost; kill -9 of the launcher; nothing survives; 3 more steps."""
+def test_kill_9_and_resume_changes_no_byte_of_metrics_and_checkpoint(yaml: Path, stateful: runs.Finished, tmp_path: Path) -> None:
+    """3 steps, a checkpoint, a step that is lost; kill -9 of the launcher; nothing survives; 3 more steps.
+
+    With a critic, a KL coefficient that moves and refills; the run that is not killed goes on for longer.
+    """
     run_dir = tmp_path / "killed"
-    with runs.training(yaml, run_dir) as process:
+    with runs.training(yaml, run_dir, *runs.STATEFUL) as process:
         runs.await_record(run_dir, 4, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -54,11 +57,22 @@ def test_kill_9_and_resume_changes_no_byte_of_metrics_and_weights(yaml: Path, un
     while (left := runs.processes_of(run_dir)) and time.monotonic() < limit:
         time.sleep(0.1)
     assert not left, f"10 s after kill -9: {left}"
-    resumed = runs.train(yaml, run_dir)
+    ledger = runs.ledger(run_dir)
+    resumed = runs.train(yaml, run_dir, *runs.STATEFUL)
     assert resumed.code == 0, resumed.output
     assert "going on from step 3" in resumed.output
-    assert resumed.metrics == uninterrupted.metrics
-    assert runs.checkpoint_digest(run_dir, 6, tmp_path) == runs.checkpoint_digest(uninterrupted.dir, 6, tmp_path)
+    assert stateful.metrics.startswith(resumed.metrics)
+    assert [record["step"] for record in resumed.records("step")] == [1, 2, 3, 4, 5, 6]
+    for model in ("policy", "critic"):
+        assert runs.checkpoint_digest(run_dir, 6, tmp_path, of=model) == runs.checkpoint_digest(stateful.dir, 6, tmp_path, of=model)
+    assert (runs.checkpoint(run_dir, 6) / "state.json").read_bytes() == (runs.checkpoint(stateful.dir, 6) / "state.json").read_bytes()
+    refills, coefs = resumed.column("draw/refills"), resumed.column("policy/kl_coef")
+    assert coefs[0] == coefs[1] and len(set(coefs[1:])) == 5, coefs
+    assert max(refills[:3]) > 0 and max(refills[4:]) > 0, refills
+    # The lost step's roll-out and its refills were read from the ledger.
+    lost = {name: written for name, written in ledger.items() if name.startswith("step-000004")}
+    assert sorted(lost) == ["step-000004"] + [f"step-000004.{n + 1}" for n in range(int(refills[3]))]
+    assert runs.ledger(run_dir).items() >= lost.items()
 
 
 def test_sigusr1_saves_and_ends_and_the_run_goes_on_later(yaml: Path, uninterrupted: runs.Finished, tmp_path: Path) -> None:
@@ -85,27 +99,20 @@ def test_a_warning_while_the_run_is_starting_ends_it_before_its_first_step(yaml:
     assert not runs.processes_of(run_dir)
 
 
-def test_torchrun_starts_a_run_and_the_engine_follows_the_policy_for_twenty_updates(yaml: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_a_run_and_the_engine_follows_the_policy_for_twenty_updates(stateful: runs.Finished) -> None:
     """Seen through the tokens of every step: all 20 published versions are the policy's weights, none lags or drifts. With a critic."""
-    torchrun = ("--nproc-per-node=2", "--standalone", "-m", "megatron_rpp")
-    words = (f"run.dir={tmp_path / 'run'}", "run.steps=20", "rollout.prompts_per_step=4", "algo.minibatches=1", "eval.every=0")
-    words += ("preset=ppo", "critic.lr=1e-3", "critic.warmup_steps=2")
-    code, output = runs.rpp(*torchrun, "train", str(yaml), *words, module="torch.distributed.run")
-    assert code == 0, output
-    run = runs.Finished(tmp_path / "run", code, output)
-    steps = run.records("step")
+    steps = stateful.records("step")
     assert [record["step"] for record in steps] == list(range(1, 21))
-    assert [record["step"] for record in steps if "policy/grad_norm" not in record] == [1, 2]  # only the critic learns
-    assert min(record["policy/grad_norm"] for record in steps[2:]) > 0
-    assert min(run.column("critic/grad_norm")) > 0
-    assert run.column("critic/value")[0] == 0.0
-    assert max(run.column("mismatch/max_abs")) <= 1e-4
-    assert "rank-1.log" in {path.name for path in (run.dir / "logs").iterdir()}
+    assert [record["step"] for record in steps if "policy/grad_norm" not in record] == [1]  # only the critic learns
+    assert min(record["policy/grad_norm"] for record in steps[1:]) > 0
+    assert min(stateful.column("critic/grad_norm")) > 0
+    assert max(stateful.column("mismatch/max_abs")) <= 1e-4
+    assert "rank-1.log" in {path.name for path in (stateful.dir / "logs").iterdir()}
 
 
 @pytest.mark.parametrize(
     "layout",
-    [("parallel.tp=1", "parallel.pp=2"), ("parallel.tp=2", "parallel.pp=2"), ("parallel.tp=1", "parallel.dp=2", "rollout.engines=2")],
+    [("parallel.tp=1", "parallel.cp=2"), ("parallel.tp=2", "parallel.pp=2"), ("parallel.tp=1", "parallel.dp=2", "rollout.engines=2")],
 )
 def test_other_layouts_follow_the_same_curve(layout: tuple[str, ...], yaml: Path, uninterrupted: runs.Finished, tmp_path: Path) -> None:
     """The first roll-out is the same to the bit; later ones as long as no sampled token falls between two roundings."""
@@ -120,16 +127,19 @@ def test_other_layouts_follow_the_same_curve(layout: tuple[str, ...], yaml: Path
 def test_the_gsm8k_example_runs_through_chat_template_packing_and_the_math_verifier(assets: Path, tmp_path: Path) -> None:
     """A random model boxes nothing, so the verifier's word is 0 each time; a run without it would not end so.
 
-    With dynamic sampling no prompt is worth keeping: each step ends at the cap, with a group for each of the two minibatches.
+    With dynamic sampling no prompt is worth keeping: each step ends at the cap, with a group for each of the two minibatches. The
+    correction rejects every token of them, so that no step is made, which is said once.
     """
     yaml = runs.ROOT / "examples" / "gsm8k" / "tiny.yaml"
-    words = ("preset=prorl_v2", "rollout.max_refills=1")
+    words = ("preset=prorl_v2", "rollout.max_refills=1", "correction.low=1.5", "algo.kl_loss_coef=0")
     run = runs.train(yaml, tmp_path / "gsm8k", f"model.hf={assets / 'model'}", "observe.console=plain", *words)
     assert run.code == 0, run.output
     steps = run.records("step")
     assert [record["step"] for record in steps] == [1, 2, 3]
     assert [(record["draw/refills"], record["draw/kept_groups"], record["batch/prompts"]) for record in steps] == [(1, 2, 2.0)] * 3
     assert run.column("adv/is_degenerate") == [1.0] * 3
+    assert [(record["policy/skipped_minibatches"], record["policy/grad_norm"]) for record in steps] == [(2, 0.0)] * 3
+    assert run.output.count("step 1: 2 of 2 minibatches have no token to learn from") == run.output.count("minibatches have no token") == 1
     assert "step 1: 2 of 4 prompts after 1 refills; the scores differ in 0% of the sampled groups" in run.output
     assert run.column("score/failed_frac") == [0.0] * 3
     assert run.column("score/mean") == [0.0] * 3

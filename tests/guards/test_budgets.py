@@ -20,6 +20,7 @@ DICTATED = {
     "megatron_rpp/rollout/cpu_attention.py": {"_run_sdpa_forward_decode"},
     "patches/megatron_core/spec/attention.py": {"__init__", "forward", "_whole"},
     "patches/megatron_core/p080_spec.py": {"_patch"},
+    "patches/sglang/p110_noise_by_vocabulary.py": {"top_k_top_p_min_p_sampling_from_probs_torch"},
 }
 # Where any exception at all is caught on purpose: whatever a user's verifier, or the engine, raises is data there.
 CATCH_ALL = {

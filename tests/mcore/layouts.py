@@ -148,12 +148,15 @@ def left_out(policy, groups: Groups) -> dict[str, bool]:
     weightless = policy.update(replace(batch, weight_T=none_T.float()), adv_T, algo, objective=tiny.surrogate)
     second = _copies(policy)
     lone = policy.update(replace(batch, mask_T=lone_T), adv_T, algo, objective=tiny.surrogate)
+    third = _copies(policy)
+    pulled = policy.update(replace(batch, weight_T=none_T.float()), adv_T, replace(algo, kl_loss_coef=0.1), objective=tiny.surrogate)
     mine = {
         "no step": [masked.num_minibatches, weightless.num_minibatches, masked.num_tokens, weightless.num_tokens] == [0] * 4,
         "weights and moments stay": all(map(torch.equal, first, second)),
         "one step": lone.num_minibatches == 1 and lone.grad_norm > 0,
-        "it moves weights": not all(map(torch.equal, second, _copies(policy))),
-        "the schedule goes on": scheduler.num_steps == place + 12,
+        "it moves weights": not all(map(torch.equal, second, third)),
+        "a term without the weight steps": pulled.num_minibatches == 4,
+        "the schedule goes on": scheduler.num_steps == place + 16,
     }
     everywhere = gather_objects(mine, groups.world_cpu)
     return {name: all(share[name] for share in everywhere) for name in mine}

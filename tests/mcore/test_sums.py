@@ -39,3 +39,8 @@ def test_infinities_of_both_signs_are_reported_not_raised() -> None:
 def test_an_update_without_tokens_divides_by_nothing() -> None:
     stats = update_stats([Sums(0.0, 0, 0, {"entropy": 0.0})], DONE)
     assert (stats.loss, stats.values["entropy"], stats.num_tokens) == (0.0, 0.0, 0)
+
+
+def test_an_update_without_a_step_is_finite_and_has_no_rate() -> None:
+    stats = update_stats([], [])
+    assert (stats.loss, stats.grad_norm, stats.num_minibatches, stats.is_finite, stats.values) == (0.0, 0.0, 0, True, {})

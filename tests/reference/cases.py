@@ -10,20 +10,16 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import get_args
 
 import torch
-from hypothesis import settings
 from torch import Tensor
 
 from megatron_rpp.algo.baselines import Scores
 from megatron_rpp.algo.returns import kl_penalties
 from megatron_rpp.config.schema import Algo, EstimatorName, KlName
 from megatron_rpp.types import PackedBatch
-from tests.reference.properties import steady
-
-CASES = 25  # small batches in one call, for what a property costs is mostly the calls
-at_least_2000_cases = settings(steady, max_examples=2000 // CASES)
 
 
 @dataclass(frozen=True)
@@ -62,15 +58,6 @@ def draw(seed: int, *, groups: int = 3, tokens: int = 5, score: Callable[[random
     rng.shuffle(rows)
     if not any(row.length for row in rows):
         rows[0] = replace(rows[0], mask=(True,) * len(rows[0].mask))
-    return rows
-
-
-def draw_many(seed: int, **options: object) -> list[Row]:
-    """CASES independent batches in one: prompts are numbered on, and each batch is a domain of its own."""
-    rows: list[Row] = []
-    for case in range(CASES):
-        first = 1 + max((row.group for row in rows), default=-1)
-        rows += [replace(row, group=first + row.group, domain=case) for row in draw(CASES * seed + case, **options)]
     return rows
 
 
@@ -147,19 +134,21 @@ def algo_of(seed: int, names: Sequence[EstimatorName] = ESTIMATOR_NAMES, **fixed
 
 
 def greedy_of(seed: int) -> list[float]:
-    """One score for each prompt of `draw_many`."""
+    """One score for each prompt of `draw`."""
     rng = random.Random(seed + 2)
-    return [rng.choice((0.0, 1.0, 0.3)) for _ in range(3 * CASES)]
+    return [rng.choice((0.0, 1.0, 0.3)) for _ in range(3)]
 
 
 def everyone(rows: Rows, algo: Algo, seed: int) -> Scores:
-    """What every rank knows of a step, greedy scores and penalties included."""
-    penalties = kl_penalties(batch_of(rows), algo.kl_reward_coef, algo.kl_reward).tolist()
+    """What every rank knows of a step, greedy scores included, and penalties where the estimator asks for them."""
+    penalties = None
+    if algo.estimator == "rloo" and algo.kl_reward_coef != 0.0:
+        penalties = kl_penalties(batch_of(rows), algo.kl_reward_coef, algo.kl_reward).tolist()
     return scores_of(rows, greedy=greedy_of(seed), penalties=penalties)
 
 
 def on_tokens(value_T: Tensor, batch: PackedBatch) -> list[list[float]]:
     """What each row's masked tokens hold, in order; a value elsewhere that is not exactly 0 is an error."""
-    assert not value_T[~batch.mask_T].any(), "a value outside the mask"
-    parts = zip(value_T.tensor_split(batch.cu_len_S1[1:-1].long()), batch.mask_T.tensor_split(batch.cu_len_S1[1:-1].long()), strict=True)
-    return [part[mask].tolist() for part, mask in parts][: batch.num_sequences]
+    values, flags = value_T.tolist(), batch.mask_T.tolist()
+    assert not any(value for value, flag in zip(values, flags, strict=True) if not flag), "a value outside the mask"
+    return [[values[t] for t in range(start, end) if flags[t]] for start, end in pairwise(batch.cu_len_S1.tolist())]

@@ -18,6 +18,7 @@ from megatron_rpp_patches.sglang import (
     p103_batch_invariance,
     p105_shared_expert_gate_on_cpu,
     p107_fp8_linear_on_cpu,
+    p110_noise_by_vocabulary,
 )
 from tests.sglang.test_sglang_layout import MODELS
 
@@ -65,6 +66,21 @@ def experts():
     method.create_moe_runner(layer, MoeRunnerConfig(num_experts=1, num_local_experts=1, hidden_size=128, top_k=1))
     method.apply(layer, StandardDispatchOutput(torch.ones(1, 128), None, StandardTopKOutput(one, torch.zeros(1, 1, dtype=int), one)))
 attempt("experts", experts)
+
+# 40 seeds of one distribution: alone, and when a greedy request shares the batch; with p110 too.
+from megatron_rpp_patches.sglang import p102_seeded_sampling, p110_noise_by_vocabulary
+sampler.multinomial_with_seed = p102_seeded_sampling.PATCH.make(sampler.multinomial_with_seed)
+probs = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).softmax(-1).expand(41, 50)
+top_ks, ones = torch.tensor([1 << 30] * 40 + [1]), torch.ones(41)
+seeds, positions = torch.arange(41) * 10**12, torch.arange(41)
+def sampled():
+    return sampler.top_k_top_p_min_p_sampling_from_probs_torch(probs, top_ks, ones, 0 * ones, False, seeds, positions).tolist()
+failures["alone"] = sampler.sampling_from_probs_torch(probs[:40], seeds[:40], positions[:40]).tolist()
+failures["in company"] = sampled()
+mended = p110_noise_by_vocabulary.PATCH.make(sampler.top_k_top_p_min_p_sampling_from_probs_torch)
+sampler.top_k_top_p_min_p_sampling_from_probs_torch = mended
+failures["mended company"] = sampled()
+failures["likeliest"] = int(probs[0].argmax())
 
 # How much of DeepSeek's fused projection is filled when its halves come apart; with p106 too.
 from pathlib import Path
@@ -141,6 +157,14 @@ def test_projections_in_two_calls_are_lost_without_the_patch(failures: dict[str,
     assert failures["mended halves"] == [1.0, 49.0]
 
 
+def test_a_greedy_neighbour_changes_a_seeds_tokens_without_the_patch(failures: dict[str, Any]) -> None:
+    """Its own token is the likeliest either way."""
+    alone, company, mended = failures["alone"], failures["in company"], failures["mended company"]
+    assert len(set(alone)) > 5
+    assert sum(a != b for a, b in zip(alone, company, strict=False)) > 10
+    assert mended == [*alone, failures["likeliest"]]
+
+
 def test_an_fp8_linear_layer_has_no_kernel_on_a_cpu_without_the_patch(failures: dict[str, Any]) -> None:
     assert "0 active drivers" in failures["linear"]
 
@@ -203,6 +227,25 @@ def test_seeds_draw_from_the_distribution_they_are_given() -> None:
     frequencies = torch.bincount(tokens, minlength=5) / draws
     assert frequencies[4] == 0
     assert torch.allclose(frequencies, probs, atol=0.0063)
+
+
+def test_a_filter_leaves_what_its_definition_says_in_the_order_of_the_vocabulary() -> None:
+    """Token by token: in the first k by probability, and less than p given away before it. A row without a filter keeps its bits."""
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.randn(60, 23, generator=generator).mul(3).softmax(-1)
+    top_ks = torch.tensor([1, 2, 5, 23, 1 << 30]).repeat(12)
+    top_ps = torch.tensor([0.1, 0.5, 0.9, 1.0]).repeat_interleave(15)
+    got = p110_noise_by_vocabulary.filtered(probs, top_ks, top_ps)
+    for row, found, k, p in zip(probs.tolist(), got.tolist(), top_ks.tolist(), top_ps.tolist(), strict=True):
+        order = sorted(range(23), key=lambda token: -row[token])
+        left, given = set(), 0.0
+        for rank, token in enumerate(order):
+            if p == 1.0 or given <= p:
+                left.add(token) if rank < k else None
+            given += row[token]
+        assert found == [x if token in left else 0.0 for token, x in enumerate(row)]
+    whole = (top_ks >= 23) & (top_ps == 1.0)
+    assert whole.sum() > 5 and torch.equal(got[whole], probs[whole])
 
 
 def test_a_draw_does_not_depend_on_how_the_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rpp.algo.advantage import NORMALISED, AdvantageStats, compute_advantages
+from megatron_rpp.algo.advantage import AdvantageStats, compute_advantages
 from megatron_rpp.algo.baselines import Scores
 from megatron_rpp.algo.credit_stats import summarise
 from megatron_rpp.algo.estimators import ESTIMATORS
-from megatron_rpp.config.schema import Algo, EstimatorName
+from megatron_rpp.config.schema import NORMALISED, Algo, EstimatorName
 from megatron_rpp.errors import NumericsError
 from megatron_rpp.stats.moments import whiten
 from megatron_rpp.types import PackedBatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,17 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rpp.algo.credit_stats import NUM_SHARE, CreditSummary, credit_share, summarise
-from tests.reference.cases import Row, at_least_2000_cases, batch_of, draw_many
+from tests.reference.cases import batch_of, draw
 from tests.reference.credit import correlation
+from tests.reference.properties import thorough
 
 
 def _summary(rows: list[list[float]], parts: list[list[int]] | None = None) -> CreditSummary:
     """rows: the advantages of each response's tokens; parts: the responses of each rank."""
     shares = []
     for part in parts or [list(range(len(rows)))]:
-        values = [value for i in part for value in rows[i]]
-        batch = batch_of([Row((True,) * len(rows[i]), 0.0, 0, rows[i], rows[i], rows[i]) for i in part])
-        shares.append(credit_share(torch.tensor(values, dtype=torch.float64), batch.mask_T, batch.cu_len_S1))
+        adv_T = torch.tensor([value for i in part for value in rows[i]], dtype=torch.float64)
+        ends = [0, *accumulate(len(rows[i]) for i in part)]
+        shares.append(credit_share(adv_T, torch.ones_like(adv_T, dtype=torch.bool), torch.tensor(ends, dtype=torch.int32)))
     return summarise(shares)
 
 
@@ -61,11 +63,11 @@ def test_a_share_is_short() -> None:
     assert NUM_SHARE * 8 <= 160  # bytes
 
 
-@at_least_2000_cases
+@thorough
 @given(st.integers(0, 2**32 - 1))
 def test_a_split_over_ranks_shows_in_no_bit_and_the_numbers_are_right(seed: int) -> None:
     rng = random.Random(seed)
-    rows = [[rng.gauss(0, 10.0 ** rng.randint(-3, 3)) for _ in range(row.length)] for row in draw_many(seed)]
+    rows = [[rng.gauss(0, 10.0 ** rng.randint(-3, 3)) for _ in range(row.length)] for row in draw(seed)]
     whole, full = _summary(rows), [row for row in rows if row]
     order = rng.sample(range(len(rows)), len(rows))
     cuts = sorted(rng.randint(0, len(rows)) for _ in range(3))

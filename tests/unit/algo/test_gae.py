@@ -15,9 +15,9 @@ from megatron_rpp.algo.estimators import ESTIMATORS
 from megatron_rpp.algo.gae import critic_returns, gae, length_lambda
 from megatron_rpp.algo.returns import compute_returns
 from megatron_rpp.config.schema import Algo
-from tests.reference import credit as loops
 from tests.reference.batches import close
-from tests.reference.cases import Row, at_least_2000_cases, batch_of, draw_many, on_tokens, scores_of
+from tests.reference.cases import Row, batch_of, draw, on_tokens, scores_of
+from tests.reference.properties import thorough
 
 ONES3 = torch.ones(3, dtype=torch.bool)
 CU3 = torch.tensor([0, 3])
@@ -93,21 +93,21 @@ def test_thirty_two_thousand_tokens_keep_their_digits() -> None:
         assert abs(adv_T[start].item() - math.fsum(terms)) <= 1e-13 * math.fsum(map(abs, terms))
 
 
-@at_least_2000_cases
+@thorough
 @given(st.integers(0, 2**32 - 1))
 def test_the_two_ends_of_lambda_and_the_returns(seed: int) -> None:
     """lambda 1: the discounted return less the value. lambda 0: delta alone. Returns are advantages and values together."""
-    rows, rng = draw_many(seed), random.Random(seed)
+    rows, rng = draw(seed), random.Random(seed)
     batch, gamma = batch_of(rows), rng.choice((1.0, 0.9, 0.5))
     reward_T = torch.where(batch.mask_T, torch.tensor([rng.gauss(0, 1) for _ in range(batch.num_tokens)], dtype=torch.float64), math.nan)
     settings = {"gamma": gamma, "lam": (1.0, torch.ones(len(rows)))[seed % 2]}
     adv_T, return_T = gae(reward_T, batch.value_T, batch.mask_T, batch.cu_len_S1, **settings)
-    kept = batch.mask_T
-    torch.testing.assert_close(return_T, compute_returns(reward_T, kept, batch.cu_len_S1, gamma), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(adv_T[kept], return_T[kept] - batch.value_T[kept], rtol=1e-12, atol=1e-12)
-    delta_T, _ = gae(reward_T, batch.value_T, kept, batch.cu_len_S1, gamma=gamma, lam=0.0)
-    expected: list[float] = []
-    for reward, row in zip(on_tokens(torch.where(kept, reward_T, 0.0), batch), rows, strict=True):
-        value = [*loops.written(row, row.value), 0.0]
-        expected += [one + gamma * value[t + 1] - value[t] for t, one in enumerate(reward)]
-    torch.testing.assert_close(delta_T[kept], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    by_token = {"adv": adv_T, "return": return_T, "value": torch.where(batch.mask_T, batch.value_T, 0.0)}
+    by_token["to go"] = compute_returns(reward_T, batch.mask_T, batch.cu_len_S1, gamma)
+    by_token["reward"] = torch.where(batch.mask_T, reward_T, 0.0)
+    by_token["delta"], _ = gae(reward_T, batch.value_T, batch.mask_T, batch.cu_len_S1, gamma=gamma, lam=0.0)
+    found = {name: on_tokens(value_T, batch) for name, value_T in by_token.items()}
+    close(found["return"], found["to go"])
+    for i, value in enumerate(found["value"]):
+        close(found["adv"][i], [r - v for r, v in zip(found["return"][i], value, strict=True)])
+        close(found["delta"][i], [r + gamma * n - v for r, v, n in zip(found["reward"][i], value, [*value, 0.0][1:], strict=True)])

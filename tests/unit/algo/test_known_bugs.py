@@ -1,8 +1,8 @@
 """Mistakes of other frameworks, each with its report, on an input where it would show.
 
 Elsewhere: statistics that miss a rank or hang on an empty one (slime#2235, miles#3229) in tests/dist/test_credit.py and
-tests/dist/test_moments.py; the geometric mean with token weights (verl#3245) in test_correction.py; an estimator that no name
-leads to (Relax#177) in test_advantage.py.
+tests/dist/test_moments.py, those that miss or repeat context-parallel ranks in tests/dist/test_step_credit.py; the geometric mean
+with token weights (verl#3245) in test_correction.py; an estimator that no name leads to (Relax#177) in test_advantage.py.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 
-from megatron_rpp.algo.advantage import NORMALISED, compute_advantages
+from megatron_rpp.algo.advantage import compute_advantages
 from megatron_rpp.algo.estimators import ESTIMATORS
 from megatron_rpp.algo.returns import kl_penalties
 from megatron_rpp.algo.shaping import drop_truncated
-from megatron_rpp.config.schema import Algo, EstimatorName
-from megatron_rpp.errors import NumericsError
+from megatron_rpp.config.load import load
+from megatron_rpp.config.schema import NORMALISED, Algo, EstimatorName
+from megatron_rpp.errors import ConfigError, NumericsError
 from megatron_rpp.stats.moments import whiten
 from tests.reference.batches import close
 from tests.reference.cases import Row, batch_of, on_tokens, scores_of
@@ -139,6 +141,17 @@ def test_axolotl_3693_one_estimator_under_anothers_name() -> None:
     assert same == {("reinforce_pp_baseline", "dr_grpo")}  # apart by what follows: one is whitened, and the lengths' divisor
     assert "reinforce_pp_baseline" in NORMALISED
     assert "dr_grpo" not in NORMALISED
+
+
+def test_axolotl_3731_a_switch_that_says_false_is_on(tmp_path: Path) -> None:
+    """There a string counted as true. Here `off` is off, `false` is false, and a string in its place is refused."""
+    run = tmp_path / "run.yaml"
+    run.write_text("model: {hf: none}\ndata: {train: none}\nstats: {normalise: off}\nalgo: {grpo_std_unbiased: false}\n")
+    cfg = load(run)
+    assert (cfg.stats.normalise, cfg.algo.grpo_std_unbiased) == ("off", False)
+    run.write_text(run.read_text().replace("false", '"false"'))
+    with pytest.raises(ConfigError, match=r"algo\.grpo_std_unbiased: expected true or false"):
+        load(run)
 
 
 def test_roll_a_batch_deviation_turns_scores_into_a_matrix() -> None:

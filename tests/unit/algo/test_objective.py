@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rpp.algo.objective import MAX_SUFFIX, needs_whole_responses, policy_objective
+from megatron_rpp.algo.objective import MAX_SUFFIX, policy_objective
 from megatron_rpp.config.schema import Algo, KlLossName
 from megatron_rpp.types import PackedBatch
 from tests.reference.batches import packed
@@ -79,8 +79,6 @@ def test_the_sum_and_the_denominator_follow_the_aggregation_and_the_metrics_do_n
         loss, count, metrics = policy_objective(batch.logp_old_T.clone(), None, batch, adv_T, algo)
         assert (loss.item(), count.item()) == (pytest.approx(total), denominator), aggregate
         assert metrics["policy_loss"].item() == -13.0
-        assert needs_whole_responses(algo) == (aggregate != "token_mean")
-    assert needs_whole_responses(Algo(loss="gspo"))
 
 
 def test_a_dual_clip_has_a_metric_of_its_own() -> None:

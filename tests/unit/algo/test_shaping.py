@@ -14,7 +14,8 @@ from megatron_rpp.algo.baselines import group_mean_baseline
 from megatron_rpp.algo.shaping import drop_truncated, overlong_penalty, shape_batch, shape_scores, shaped
 from megatron_rpp.config.schema import Reward
 from tests.reference import credit as loops
-from tests.reference.cases import at_least_2000_cases, batch_of, draw_many, scores_of
+from tests.reference.cases import batch_of, draw, scores_of
+from tests.reference.properties import thorough
 
 DAPO = Reward(overlong_frac=0.2, overlong_penalty=1.0)
 
@@ -61,11 +62,11 @@ def test_scores_without_lengths_cannot_be_shaped() -> None:
         shape_scores(replace(scores_of([]), lengths_S=None), DAPO, max_tokens=5)
 
 
-@at_least_2000_cases
+@thorough
 @given(st.integers(0, 2**32 - 1))
 def test_everyones_scores_and_a_ranks_batch_are_shaped_alike_and_as_the_loop(seed: int) -> None:
     """The same bits on both ways, or a response would not be among its group's."""
-    rows, rng = draw_many(seed), random.Random(seed)
+    rows, rng = draw(seed), random.Random(seed)
     cache = rng.randint(0, 4)
     reward = Reward(overlong_frac=cache / 5, overlong_penalty=rng.choice((1.0, 0.5)), truncated_coef=rng.choice((None, 0.0, 0.3)))
     batch = shape_batch(batch_of(rows), reward, max_tokens=5)
@@ -76,10 +77,10 @@ def test_everyones_scores_and_a_ranks_batch_are_shaped_alike_and_as_the_loop(see
         assert score == pytest.approx(kept - penalty, rel=1e-12, abs=1e-12)
 
 
-@at_least_2000_cases
+@thorough
 @given(st.integers(0, 2**32 - 1))
 def test_truncated_responses_lose_their_mask_and_nothing_else(seed: int) -> None:
-    rows = draw_many(seed)
+    rows = draw(seed)
     batch = batch_of(rows)
     kept = drop_truncated(batch)
     assert kept.mask_T.tolist() == [flag and not row.is_truncated for row in rows for flag in row.mask]

@@ -69,6 +69,8 @@ REFUSED = [
     ("algo.aggregate_tokens=100", "algo.aggregate_tokens: is the length of algo.aggregate constant_length, got token_mean"),
     ("stats.limbs=2", "stats.limbs: counts the FP8 numbers of stats.wire fp8, got fp64"),
     ("eval.every=5", "eval.every: has no effect without data.eval"),
+    ("eval.temperature=0.7", "eval.temperature: has no effect without data.eval"),
+    ("model.megatron.mtp_num_layers=1", "model.megatron.mtp_num_layers: cannot be set here"),
     ("optim.min_lr=1e-9", "optim.min_lr: has no effect with optim.schedule: constant"),
     ("model.ref=model", "model.ref: has no effect while"),
     # inputs
@@ -134,6 +136,16 @@ def test_the_edge_of_a_rule_is_let_through(project: Path, overrides: tuple[str, 
         (("algo.estimator=gae", "critic.hf=nowhere"), "critic.hf: no config.json in"),
         (("algo.estimator=gae", "model.megatron_checkpoint=."), "critic.hf: model.megatron_checkpoint has no weights for a critic"),
         (("preset=grpo", "model.megatron.moe_aux_loss_coeff=0.01"), "model.megatron.moe_aux_loss_coeff: Megatron scales it by tokens"),
+        (("parallel.cp=2", "model.megatron.moe_z_loss_coeff=0.01"), "model.megatron.moe_z_loss_coeff: megatron-core makes it tp x cp = 2"),
+        (("parallel.cp=2", "model.megatron.cp_comm_type=a2a+p2p"), "model.megatron.cp_comm_type: needs groups that are not made here"),
+        (("algo.estimator=reinforce_pp", "stats.recentre=false"), "stats.recentre: false divides values that algo.estimator reinforce_pp"),
+        (("algo.estimator=rloo", "stats.population=sample"), "stats.population: has no effect: stats.normalise auto with"),
+        (("stats.normalise=off", "stats.recentre=false"), "stats.recentre: has no effect: stats.normalise off"),
+        (("optim.schedule=linear", "optim.warmup_steps=100"), "optim.warmup_steps: leaves the schedule none of the 100 optimiser steps"),
+        (
+            ("algo.estimator=gae", "critic.warmup_steps=50", "optim.schedule=cosine", "optim.warmup_steps=60"),
+            "optim.warmup_steps: leaves the schedule none of the 50 optimiser steps of the policy, got 60",
+        ),
     ],
 )
 def test_a_rule_between_two_settings_is_refused(project: Path, overrides: tuple[str, ...], message: str) -> None:
@@ -186,7 +198,10 @@ def test_sft_needs_its_own_settings_only_when_it_runs(project: Path, monkeypatch
     with pytest.raises(ConfigError) as caught:
         check(project, for_sft=True)
     assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == ["sft.train", "sft.out", "sft.steps"]
-    check(project, "sft.train=train.jsonl", "sft.out=tuned", "sft.steps=1", for_sft=True)
+    words = ("sft.train=train.jsonl", "sft.out=tuned", "sft.steps=1")
+    check(project, *words, "sft.warmup_steps=0", for_sft=True)
+    with pytest.raises(ConfigError, match=r"sft\.warmup_steps: leaves the schedule none of the 1 sft\.steps, got 20"):
+        check(project, *words, for_sft=True)
 
 
 @pytest.mark.parametrize(
@@ -199,11 +214,14 @@ def test_sft_needs_its_own_settings_only_when_it_runs(project: Path, monkeypatch
         (("algo.kl_reward=k3", "algo.kl_reward_coef=0.1"), "k3 is never negative, so it lowers long responses"),
         (("algo.estimator=reinforce_pp", "rollout.keep_groups=informative"), "leaves out prompts that algo.estimator reinforce_pp"),
         (("algo.loss=reinforce", "algo.minibatches=2"), "no ratio: from the second of 2 minibatches"),
-        (("algo.loss=gspo", "algo.aggregate=seq_mean_token_mean"), "the paper has 3e-4, 4e-4"),
-        (("algo.loss=gspo", "algo.clip_low=3e-4", "algo.clip_high=4e-4"), "algo.aggregate token_mean weighs responses by their length"),
+        (("algo.loss=gspo", "algo.minibatches=2", "algo.aggregate=seq_mean_token_mean"), "the paper has 3e-4, 4e-4"),
+        (
+            ("algo.loss=gspo", "algo.minibatches=2", "algo.clip_low=3e-4", "algo.clip_high=4e-4"),
+            "algo.aggregate token_mean weighs responses by their length",
+        ),
         (("algo.minibatches=3",), "64 prompts do not divide into algo.minibatches 3"),
         (("rollout.prompts_per_step=1", "parallel.dp=8"), "some ranks train on nothing"),
-        (("optim.schedule=linear", "optim.warmup_steps=100"), "covers the whole run of 100 optimiser steps"),
+        (("algo.clip_high=0.28",), "hold nothing: with algo.minibatches 1 new is old"),
         (("parallel.dp=2", "rollout.engines=1"), "1 of 2 ranks have no engine"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +107,14 @@ def test_a_log_records_shows_and_sums_up(tmp_path, capsys: pytest.CaptureFixture
     assert lines[0] == "     0  held-out accuracy 0.2500 on 8 prompts"
     assert [line.split()[2] for line in lines[2:4]] == ["0.250", "-"]  # a row shows the evaluation since the row before
     assert lines[4] == "     1/1  loss 2.5"
+
+
+def test_a_warning_that_is_to_be_said_once_is_said_once_by_the_first_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    observe = Observe(console="plain", tensorboard=False)
+    with RunDir.open(tmp_path) as run, RunLog(observe, run) as log, RunLog(observe, None) as other_rank:
+        for step in range(1, 4):
+            for each in (log, other_rank):
+                each.warn(f"step {step}: odd", once="odd")
+                each.warn(f"step {step}: always")
+    said = [f"warning: step {step}: always" for step in (1, 2, 3)]
+    assert capsys.readouterr().out.splitlines() == ["warning: step 1: odd", *said]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tests.unit.stats.split import Response
 
@@ -42,6 +43,35 @@ def split(dice: random.Random, batch: Sequence[Response]) -> list[list[Response]
     for one in dice.sample(list(batch), len(batch)):
         dice.choice(ranks).append(one)
     return ranks
+
+
+def zigzag(length: int, cp: int) -> list[list[range]]:
+    """The places that each of cp ranks holds of a response: of 2 * cp pieces rank r has r and 2 * cp - 1 - r, as in Megatron. The
+    last piece may be short, and pieces may be empty."""
+    size = -(-length // (2 * cp))
+    pieces = [range(min(i * size, length), min((i + 1) * size, length)) for i in range(2 * cp)]
+    return [[pieces[r], pieces[2 * cp - 1 - r]] for r in range(cp)]
+
+
+def dealt(dice: random.Random, lengths: Sequence[int], dp: int, cp: int) -> list[list[tuple[int, range]]]:
+    """What each of dp * cp ranks holds: responses by number, in any order, and which of their places. Whole ones with cp 1."""
+    ranks: list[list[tuple[int, range]]] = [[] for _ in range(dp * cp)]
+    for number in dice.sample(range(len(lengths)), len(lengths)):
+        first = cp * dice.randrange(dp)
+        for r, pieces in enumerate(zigzag(lengths[number], cp) if cp > 1 else [[range(lengths[number])]]):
+            ranks[first + r] += [(number, piece) for piece in pieces]
+    return ranks
+
+
+def cut(one: Response, places: range) -> Response:
+    """A piece of a response, as if it were one."""
+    return replace(one, values=one.values[places.start : places.stop], mask=one.mask[places.start : places.stop])
+
+
+def in_pieces(dice: random.Random, batch: Sequence[Response]) -> list[list[Response]]:
+    """Over one or two data-parallel ranks of two or more context-parallel ones each."""
+    dp, cp = dice.choice(((1, 2), (1, 3), (1, 4), (2, 2)))
+    return [[cut(batch[number], places) for number, places in rank] for rank in dealt(dice, [len(one.mask) for one in batch], dp, cp)]
 
 
 def counted(batch: Sequence[Response]) -> tuple[list[float], list[int]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_rpp.stats.moments import Moments, whiten
 from tests.reference.properties import thorough
 from tests.reference.statistics import moments, relative_error, whitened
-from tests.unit.stats.batches import counted, responses, split
+from tests.unit.stats.batches import counted, in_pieces, responses, split, zigzag
 from tests.unit.stats.split import Response, over_ranks
 
 seeds = st.integers(0, 2**64 - 1)
@@ -49,6 +49,35 @@ def _stored(one: Response, dtype: torch.dtype) -> Response:
     limit = torch.finfo(dtype).max if dtype != torch.float64 else float("inf")
     fitting = torch.where(values.abs() > limit, values.sign() * 1e30, values)
     return dataclasses.replace(one, values=tuple(fitting.to(dtype).double().tolist()))
+
+
+@thorough
+@given(seeds)
+def test_tokens_dealt_to_data_and_context_parallel_ranks_have_the_bits_of_whole_responses(seed: int) -> None:
+    """In the token population. Pieces are often empty here, and so are whole ranks."""
+    dice = random.Random(seed)
+    batch = responses(dice, num_domains=2)
+    num_domains = 1 + seed % 2
+    dealt, _ = over_ranks(in_pieces(dice, batch), num_domains=num_domains)
+    assert repr(dealt) == repr(over_ranks([batch], num_domains=num_domains)[0])
+
+
+def test_megatrons_pieces_by_hand() -> None:
+    """Eight tokens over two ranks: 01 and 67, 23 and 45. Five: pieces of two, the last but one short and the last empty."""
+    places = [[[*piece] for piece in rank] for rank in zigzag(8, 2)]
+    assert places == [[[0, 1], [6, 7]], [[2, 3], [4, 5]]]
+    assert [[[*piece] for piece in rank] for rank in zigzag(5, 2)] == [[[0, 1], []], [[2, 3], [4]]]
+    assert [[[*piece] for piece in rank] for rank in zigzag(0, 3)] == [[[], []]] * 3
+
+
+def test_in_the_sample_population_a_piece_counts_as_a_response() -> None:
+    """0 2 4 | 6 is 2 and 6: mean 4. Cut as 0 | 2 4 | 6, over ranks or on one, it is 0, 3 and 6: mean 3. So responses must be whole."""
+    whole, pieces = Response((0.0, 2.0, 4.0), (True,) * 3), [Response((0.0,), (True,)), Response((2.0, 4.0), (True, True))]
+    six = Response((6.0,), (True,))
+    assert over_ranks([[whole], [six]], by_sequence=True)[0].mean == 4.0
+    for ranks in ([[pieces[0]], [pieces[1], six]], [[*pieces, six]]):
+        seen, _ = over_ranks(ranks, by_sequence=True)
+        assert (seen.n, seen.mean) == (3, 3.0)
 
 
 @thorough

@@ -11,8 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_rpp.errors import NumericsError
-from megatron_rpp.stats.moments import Moments, distributed_moments, merge, whiten
+from megatron_rpp.stats.moments import Moments, distributed_moments, whiten
+from megatron_rpp.stats.wire import pooled
 from tests.reference.properties import steady
+from tests.reference.statistics import moments as exact_moments
 
 moderate = st.floats(-1e3, 1e3)
 
@@ -151,16 +153,9 @@ def test_half_a_step_of_a_large_mean_is_not_lost(population: str) -> None:
 
 @steady
 @given(st.lists(moderate, min_size=1, max_size=9), st.lists(moderate, min_size=1, max_size=9))
-def test_merged_moments_are_those_of_the_whole(a: list[float], b: list[float]) -> None:
-    merged, whole = merge(_moments(a), _moments(b)), _moments(a + b)
-    assert (merged.n, merged.min, merged.max) == (whole.n, whole.min, whole.max)
-    assert merged.mean == pytest.approx(whole.mean, rel=1e-12, abs=1e-12)
-    assert merged.variance == pytest.approx(whole.variance, rel=1e-9, abs=1e-9)
-
-
-def test_merging_with_nothing_changes_nothing() -> None:
-    some, nothing = _moments([1.0, 2.0]), Moments(0, 0.0, 0.0)
-    assert merge(some, nothing) == some == merge(nothing, some)
+def test_pooled_moments_are_exactly_those_of_the_whole(a: list[float], b: list[float]) -> None:
+    nothing = (0, Fraction(0), Fraction(0))
+    assert pooled([(len(a), *exact_moments(a)), nothing, (len(b), *exact_moments(b))]) == exact_moments(a + b)
 
 
 @pytest.mark.parametrize("population", ["token", "sample"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_rpp.stats.wire import MAX_LIMBS, TOLERANCE, Wire, from_limbs, to_limbs
 from tests.reference.properties import thorough
 from tests.reference.statistics import whitened
-from tests.unit.stats.batches import counted, responses, split
+from tests.unit.stats.batches import counted, in_pieces, responses, split
 from tests.unit.stats.split import Response, over_ranks
 
 seeds = st.integers(0, 2**64 - 1)
@@ -58,11 +59,16 @@ def test_a_number_of_limbs_that_cannot_be_is_refused(limbs: int) -> None:
         Wire("fp8", limbs)
 
 
+@cache  # one batch is asked for with several wires
+def _whitened(values: tuple[float, ...], sequences: tuple[int, ...] | None) -> list[float]:
+    return [float(value) for value in whitened(values, sequences)]
+
+
 def _advantage_errors(ranks: list[list[Response]], wire: Wire, by_sequence: bool) -> tuple[float, float, int | None]:
     """The largest |adv' - adv| / max(|adv|, 1), the largest share of the stated bound that an error uses, and the limbs."""
     seen, agreement = over_ranks(ranks, wire=wire, by_sequence=by_sequence)
     values, sequences = counted([one for rank in ranks for one in rank])
-    exact = [float(value) for value in whitened(values, sequences if by_sequence else None)]
+    exact = _whitened(tuple(values), tuple(sequences) if by_sequence else None)
     stretch, shift = agreement.domains[0].bound(agreement.wire.rho)
     worst = used = 0.0
     for value, adv in zip(values, exact, strict=True):
@@ -72,19 +78,23 @@ def _advantage_errors(ranks: list[list[Response]], wire: Wire, by_sequence: bool
     return worst, used, agreement.wire.limbs
 
 
+def _over_ranks(seed: int, by_sequence: bool) -> list[list[Response]]:
+    """A batch over ranks: whole responses, and in the token population half the time pieces."""
+    dice = random.Random(seed)
+    batch = responses(dice)
+    return split(dice, batch) if by_sequence or seed % 2 else in_pieces(dice, batch)
+
+
 @thorough
 @given(seeds, st.booleans(), st.sampled_from([Wire("fp32"), *(Wire("fp8", limbs) for limbs in LIMBS)]))
 def test_advantages_stay_within_the_stated_bound(seed: int, by_sequence: bool, wire: Wire) -> None:
-    dice = random.Random(seed)
-    ranks = split(dice, responses(dice))
-    assert _advantage_errors(ranks, wire, by_sequence)[1] <= 1
+    assert _advantage_errors(_over_ranks(seed, by_sequence), wire, by_sequence)[1] <= 1
 
 
 @thorough
 @given(seeds, st.booleans())
 def test_by_default_there_are_limbs_enough_for_one_in_a_million(seed: int, by_sequence: bool) -> None:
-    dice = random.Random(seed)
-    worst, _, limbs = _advantage_errors(split(dice, responses(dice)), Wire("fp8"), by_sequence)
+    worst, _, limbs = _advantage_errors(_over_ranks(seed, by_sequence), Wire("fp8"), by_sequence)
     assert limbs in LIMBS
     assert worst <= TOLERANCE
 

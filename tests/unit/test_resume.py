@@ -1,0 +1,63 @@
+"""What a run finds in its directory when it starts: its own checkpoints, another run's, responses of weights that are gone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megatron_rpp.config.schema import Config, Data, Model, Run
+from megatron_rpp.errors import CheckpointError
+from megatron_rpp.observe.rundir import RunDir
+from megatron_rpp.process import step_to_resume
+from megatron_rpp.resume import RunState, begin_save, commit_save, complete_steps, drop_later, settings_digest
+
+
+def save(root: Path, step: int, *, digest: str = "d", keep: int = 2) -> Path:
+    (begin_save(root, step) / "policy").mkdir()
+    return commit_save(root, RunState(step, {}, digest), keep=keep)
+
+
+def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        save(tmp_path, step)
+    assert complete_steps(tmp_path) == [6, 9]
+
+
+def test_a_run_that_starts_anew_is_not_taken_for_the_one_before_it(tmp_path: Path) -> None:
+    """Two checkpoints are kept, two are there, and the new run's are of earlier steps."""
+    for step in (10, 20):
+        save(tmp_path, step, digest="old")
+    save(tmp_path, 3, digest="new")
+    assert complete_steps(tmp_path) == [3]
+    final = save(tmp_path, 3, digest="newer")
+    assert '"newer"' in (final / "state.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+def test_responses_of_weights_that_are_gone_are_forgotten(tmp_path: Path) -> None:
+    """Resumed at 6: step 7 was sampled with the weights of step 6, which are back; 8, and the evaluation of 7, were not."""
+    folder = tmp_path / "digest"
+    folder.mkdir()
+    names = ("step-000006", "step-000007", "step-000007.1", "step-000008", "eval-000006.ab12", "eval-000007.ab12", "eval-000010.ab12")
+    for name in names:
+        (folder / f"{name}.leader-0.jsonl").write_text("{}\n")
+    drop_later(tmp_path, 6)
+    left = sorted(path.name.removesuffix(".leader-0.jsonl") for path in folder.iterdir())
+    assert left == ["eval-000006.ab12", "step-000006", "step-000007", "step-000007.1"]
+
+
+def test_a_checkpoint_of_other_settings_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    cfg = Config(model=Model(hf=Path("m")), data=Data(train=Path("d")), run=Run(dir=tmp_path, steps=9))
+    where = RunDir(tmp_path)
+    assert step_to_resume(cfg, where) == 0
+    save(where.checkpoints, 5, digest=settings_digest(asdict(cfg)))
+    assert step_to_resume(cfg, where) == 5
+    assert step_to_resume(replace(cfg, run=replace(cfg.run, steps=20)), where) == 5
+    assert step_to_resume(replace(cfg, run=replace(cfg.run, resume="never")), where) == 0
+    with pytest.raises(CheckpointError, match="belongs to a run with other settings") as caught:
+        step_to_resume(replace(cfg, optim=replace(cfg.optim, lr=2e-6)), where)
+    assert str(where.config) in str(caught.value)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        step_to_resume(replace(cfg, run=Run(dir=tmp_path / "other", resume="must")), RunDir(tmp_path / "other"))
