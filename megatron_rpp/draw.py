@@ -35,12 +35,7 @@ class Drawn:
     @property
     def informative_frac(self) -> float:
         """Sampled groups whose scores differ."""
-        return sum(map(is_informative, self.sampled)) / len(self.sampled)
-
-
-def is_informative(group: Group) -> bool:
-    """Whether the raw scores of a prompt's responses differ, that of the greedy one among them where there is one."""
-    return not group.is_even or (group.greedy is not None and group.greedy.score != group.responses[0].score)
+        return sum(not group.is_even for group in self.sampled) / len(self.sampled)
 
 
 def draw(prompts: PromptStream, collect: Collect, rollout: Rollout, *, least: int) -> Drawn:
@@ -55,7 +50,7 @@ def draw(prompts: PromptStream, collect: Collect, rollout: Rollout, *, least: in
     sampled = list(collect(prompts.take(wanted), 0))
     if rollout.keep_groups == "all":
         return Drawn(tuple(sampled), tuple(sampled), 0)
-    kept, refills = [group for group in sampled if is_informative(group)], 0
+    kept, refills = [group for group in sampled if not group.is_even], 0
     while len(kept) < wanted and refills < rollout.max_refills:
         seen = frozenset(group.prompt.uid for group in sampled)
         share = max(len(kept) / len(sampled), 1 / MAX_OVERDRAW)
@@ -65,7 +60,7 @@ def draw(prompts: PromptStream, collect: Collect, rollout: Rollout, *, least: in
         refills += 1
         groups = collect(prompts.take(count, without=seen), refills)
         sampled += groups
-        kept += [group for group in groups if is_informative(group)]
-    others = [group for group in sampled if not is_informative(group)]
+        kept += [group for group in groups if not group.is_even]
+    others = [group for group in sampled if group.is_even]
     kept += others[: max(0, least - len(kept))]
     return Drawn(tuple(kept[:wanted]), tuple(sampled), refills)

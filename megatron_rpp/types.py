@@ -72,10 +72,14 @@ class Group:
     greedy: Response | None = None
 
     @property
+    def scores(self) -> tuple[float, ...]:
+        """The raw scores that an estimator compares with each other, that of the greedy response among them."""
+        return tuple(response.score for response in (*self.responses, *([] if self.greedy is None else [self.greedy])))
+
+    @property
     def is_even(self) -> bool:
-        """Whether all sampled responses have one raw score. By comparison: the deviation of equal floats is not 0."""
-        scores = [response.score for response in self.responses]
-        return max(scores) == min(scores)
+        """Whether they are all the same. By comparison: the deviation of equal floats is not 0."""
+        return max(self.scores) == min(self.scores)
 
 
 @dataclass(frozen=True, slots=True)

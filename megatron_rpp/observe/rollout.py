@@ -15,7 +15,7 @@ def rollout_metrics(groups: Sequence[Group], kept: Sequence[Group]) -> dict[str,
     """Scores and lengths of all responses of a step, and the size of what it trains on. Sums are exactly rounded, in any order.
 
     groups: all that were sampled; kept: those that are trained on.
-    Units: names say; *_frac are fractions of responses, even_groups_frac of prompts.
+    Units: names say; *_frac are fractions of responses, even_groups_frac of prompts with scores to compare (0 where there are none).
     """
     kept_lengths = [len(response.tokens) for group in kept for response in group.responses]
     responses = [response for group in groups for response in group.responses]
@@ -23,11 +23,12 @@ def rollout_metrics(groups: Sequence[Group], kept: Sequence[Group]) -> dict[str,
     scores = [float(response.score) for response in responses]
     lengths = [len(response.tokens) for response in responses]
     mean = math.fsum(scores) / count
+    compared = [group.is_even for group in groups if len(group.scores) > 1]
     metrics = {
         "score/mean": mean,
         "score/std": math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / count),
         "score/solved_frac": sum(score >= SOLVED for score in scores) / count,
-        "score/even_groups_frac": sum(group.is_even for group in groups) / len(groups),
+        "score/even_groups_frac": sum(compared) / max(len(compared), 1),
         "score/failed_frac": sum(response.reward_failed is not None for response in responses) / count,
         "response/tokens_mean": sum(lengths) / count,
         "response/tokens_max": float(max(lengths)),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_rpp.config.schema import Rollout
 from megatron_rpp.data.prompts import PromptStream
-from megatron_rpp.draw import Drawn, draw, is_informative
+from megatron_rpp.draw import Drawn, draw
 from megatron_rpp.types import Group, Prompt, Response
 
 
@@ -45,7 +45,7 @@ def test_solved_prompts_are_replaced_until_the_step_is_full() -> None:
     world = World([n % 5 < 3 for n in range(200)])  # 60 % are solved
     drawn = world.draw(20, max_refills=5)
     assert len(drawn.kept) == 20
-    assert all(map(is_informative, drawn.kept))
+    assert not any(group.is_even for group in drawn.kept)
     assert 1 <= drawn.refills <= 5
     uids = [uid for roll_out in world.asked for uid in roll_out]
     assert len(uids) == len(set(uids)) == len(drawn.sampled)
@@ -57,7 +57,7 @@ def test_the_cap_ends_it_with_what_there_is() -> None:
     drawn = world.draw(40, max_refills=2)
     assert (drawn.refills, len(world.asked)) == (2, 3)
     assert 0 < len(drawn.kept) < 40
-    assert all(map(is_informative, drawn.kept))
+    assert not any(group.is_even for group in drawn.kept)
 
 
 def test_no_refill_at_all_is_a_cap_too() -> None:
@@ -99,8 +99,8 @@ def test_an_epoch_that_ends_inside_a_step_neither_ends_its_refills_nor_loses_a_p
 def test_a_greedy_response_that_scores_otherwise_makes_a_prompt_worth_keeping() -> None:
     prompt = Prompt("p", (1,), "", "")
     same, other = group(prompt, 1.0).responses[0], group(prompt, 0.0).responses[0]
-    assert is_informative(Group(prompt, (same,), other))
-    assert not is_informative(Group(prompt, (same,), same))
+    assert not Group(prompt, (same,), other).is_even
+    assert Group(prompt, (same,), same).is_even
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_greedy_response_that_scores_otherwise_makes_a_prompt_worth_keeping() 
     ],
 )
 def test_scores_differ_by_comparison_and_not_by_their_mean_or_deviation(scores: tuple[float, ...], expected: bool) -> None:
-    assert is_informative(group(Prompt("p", (1,), "", ""), *scores)) is expected
+    assert group(Prompt("p", (1,), "", ""), *scores).is_even is not expected
 
 
 @settings(max_examples=2000, deadline=None)
@@ -125,7 +125,7 @@ def test_whatever_is_solved_a_step_is_neither_too_large_nor_empty_and_keeps_the_
     drawn = world.draw(wanted, max_refills=max_refills, least=min(least, wanted))
     assert min(least, wanted) <= len(drawn.kept) <= wanted
     assert drawn.refills <= max_refills
-    informative = [one for one in drawn.sampled if is_informative(one)]
+    informative = [one for one in drawn.sampled if not one.is_even]
     assert list(drawn.kept[: len(informative)]) == informative[:wanted]
     if len(informative) >= wanted:
-        assert all(map(is_informative, drawn.kept))
+        assert not any(group.is_even for group in drawn.kept)
