@@ -12,20 +12,20 @@ from typing import Any, Literal
 import torch
 
 import megatron_rpp_patches
-from megatron_rpp.config.load import dump
+from megatron_rpp.config.load import dump, load
 from megatron_rpp.config.schema import Config
 from megatron_rpp.dist.agreement import raise_together
 from megatron_rpp.dist.collectives import broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.dist.world import World
-from megatron_rpp.errors import CheckpointError, PatchError, RppError
+from megatron_rpp.errors import CheckpointError, ConfigError, PatchError, RppError
 from megatron_rpp.mcore import init
 from megatron_rpp.mcore.critic import Critic
 from megatron_rpp.mcore.model import MegatronModel
 from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.observe.log import RunLog
 from megatron_rpp.observe.rundir import RunDir, versions
-from megatron_rpp.resume import complete_steps, read_state, settings_digest, step_dir
+from megatron_rpp.resume import changed_settings, complete_steps, read_state, settings_digest, step_dir
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import describe
 from megatron_rpp.weights.hf_io import open_hf, read_json
@@ -125,11 +125,20 @@ def step_to_resume(cfg: Config, directory: RunDir) -> int:
         raise CheckpointError(
             "the checkpoint belongs to a run with other settings",
             where=str(where),
-            expected=f"settings with digest {saved}: those of {directory.config}",
-            got=digest,
+            expected=f"those of {directory.config}, digest {saved}",
+            got="; ".join(_changed(cfg, directory, saved)) or f"digest {digest}",
             fix="restore the settings, choose another run.dir, or set run.resume: never",
         )
     return steps[-1]
+
+
+def _changed(cfg: Config, directory: RunDir, saved: str) -> list[str]:
+    """Which settings are others than the checkpoint's; none where config.yaml is not of that run."""
+    try:
+        before = asdict(load(directory.config))
+    except ConfigError:
+        return []
+    return changed_settings(before, asdict(cfg)) if settings_digest(before) == saved else []
 
 
 def _write_settings(process: Process) -> None:

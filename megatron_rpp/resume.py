@@ -95,13 +95,23 @@ def settings_digest(settings: dict[str, Any]) -> str:
 
     settings: the configuration as nested plain values.
     """
-    kept = {
+    text = json.dumps(_binding(settings), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What differs of the settings that `settings_digest` looks at: "optim.lr: 1e-06, now 2e-06"."""
+    old, new = _binding(before), _binding(after)
+    pairs = [(f"{section}.{key}", old[section][key], value) for section, values in new.items() for key, value in values.items()]
+    return [f"{name}: {was}, now {now}" for name, was, now in pairs if str(was) != str(now)]
+
+
+def _binding(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
         section: {key: value for key, value in values.items() if f"{section}.{key}" not in FREE_SETTINGS}
         for section, values in settings.items()
         if section not in FREE_SETTINGS and isinstance(values, dict)  # a preset's name moves nothing: its settings do
     }
-    text = json.dumps(kept, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def drop_later(ledger: Path, newest: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rpp.config.load import dump
 from megatron_rpp.config.schema import Config, Data, Model, Run
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.observe.rundir import RunDir
@@ -49,7 +50,7 @@ def test_responses_of_weights_that_are_gone_are_forgotten(tmp_path: Path) -> Non
 
 
 def test_a_checkpoint_of_other_settings_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    cfg = Config(model=Model(hf=Path("m")), data=Data(train=Path("d")), run=Run(dir=tmp_path, steps=9))
+    cfg = Config(model=Model(hf=Path("/m")), data=Data(train=Path("/d")), run=Run(dir=tmp_path, steps=9))
     where = RunDir(tmp_path)
     assert step_to_resume(cfg, where) == 0
     save(where.checkpoints, 5, digest=settings_digest(asdict(cfg)))
@@ -59,5 +60,11 @@ def test_a_checkpoint_of_other_settings_is_refused_before_anything_is_written(tm
     with pytest.raises(CheckpointError, match="belongs to a run with other settings") as caught:
         step_to_resume(replace(cfg, optim=replace(cfg.optim, lr=2e-6)), where)
     assert str(where.config) in str(caught.value)
+    assert caught.value.got.startswith("digest ")  # config.yaml is not there
+    where.write_text("config.yaml", dump(cfg))
+    other = replace(cfg, optim=replace(cfg.optim, lr=2e-6), algo=replace(cfg.algo, reward_clip=None), run=replace(cfg.run, steps=20))
+    with pytest.raises(CheckpointError) as caught:
+        step_to_resume(other, where)
+    assert caught.value.got == "algo.reward_clip: (-10.0, 10.0), now None; optim.lr: 1e-06, now 2e-06"
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         step_to_resume(replace(cfg, run=Run(dir=tmp_path / "other", resume="must")), RunDir(tmp_path / "other"))
