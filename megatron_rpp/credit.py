@@ -18,7 +18,8 @@ from megatron_rpp.algo.advantage import AdvantageStats, compute_advantages
 from megatron_rpp.algo.baselines import Scores
 from megatron_rpp.algo.gae import critic_returns
 from megatron_rpp.algo.returns import kl_penalties, kl_per_token
-from megatron_rpp.config.schema import NORMALISED, Algo, Config, Reward
+from megatron_rpp.config.schema import Algo, Config, Reward
+from megatron_rpp.config.validate_algo import normalises
 from megatron_rpp.data.packing import assign_ranks
 from megatron_rpp.dist.collectives import all_gather, gather_objects, sum_float64
 from megatron_rpp.dist.float8 import gathers_float8
@@ -56,7 +57,7 @@ class Credit:
             population=stats.population,
             scope=stats.scope,
             recentre=stats.recentre,
-            rescale={"auto": cfg.algo.estimator in NORMALISED, "on": True, "off": False}[stats.normalise],
+            rescale=normalises(cfg.algo, stats),
             wire=stats.wire,
             limbs=stats.limbs,
             native_float8=self.sends_float8,
@@ -142,8 +143,7 @@ def truncation_warning(groups_P: Sequence[Group], reward: Reward) -> str | None:
     """What is wrong where reward.truncated_coef raises a score: a negative one, which it brings nearer to 0. None where it does not."""
     if reward.truncated_coef in (None, 1.0):
         return None
-    responses = (response for group in groups_P for response in (*group.responses, *([group.greedy] if group.greedy else [])))
-    for response in responses:
+    for response in (response for group in groups_P for response in group.everything):
         if response.is_truncated and response.score < 0:
             better = reward.truncated_coef * response.score + 0.0  # not -0
             return (

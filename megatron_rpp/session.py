@@ -216,7 +216,7 @@ class Session:
     def admit(self, groups: Sequence[Group], *, version: int) -> None:
         """Raises: StaleWeightsError for a response that other weights than `version` wrote."""
         for group in groups:
-            for response in (*group.responses, *([group.greedy] if group.greedy is not None else [])):
+            for response in group.everything:
                 if response.version != version:
                     raise StaleWeightsError(
                         "a response was written by other weights",

@@ -72,9 +72,14 @@ class Group:
     greedy: Response | None = None
 
     @property
+    def everything(self) -> tuple[Response, ...]:
+        """All responses that there are, the greedy one last."""
+        return self.responses if self.greedy is None else (*self.responses, self.greedy)
+
+    @property
     def scores(self) -> tuple[float, ...]:
         """The raw scores that an estimator compares with each other, that of the greedy response among them."""
-        return tuple(response.score for response in (*self.responses, *([] if self.greedy is None else [self.greedy])))
+        return tuple(response.score for response in self.everything)
 
     @property
     def is_even(self) -> bool:

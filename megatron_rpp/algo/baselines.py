@@ -137,9 +137,7 @@ def zero_variance_frac(scores: Scores) -> float:
 
     Shapes: -> scalar
     """
-    members: dict[int, list[float]] = defaultdict(list)
-    for group, score in zip(scores.group_S.tolist(), scores.score_S.tolist(), strict=True):
-        members[group].append(score)
+    members = _by_group(scores)
     if scores.greedy_P is not None:
         for group, values in members.items():
             values.append(float(scores.greedy_P[group]))
@@ -147,11 +145,16 @@ def zero_variance_frac(scores: Scores) -> float:
     return sum(compared) / max(len(compared), 1)
 
 
-def _members(scores: Scores, min_size: int) -> dict[int, list[float]]:
-    """The scores of every group. Every rank looks at all of them, so that every rank raises for the same group."""
+def _by_group(scores: Scores) -> dict[int, list[float]]:
     members: dict[int, list[float]] = defaultdict(list)
     for group, score in zip(scores.group_S.tolist(), scores.score_S.tolist(), strict=True):
         members[group].append(score)
+    return members
+
+
+def _members(scores: Scores, min_size: int) -> dict[int, list[float]]:
+    """The scores of every group. Every rank looks at all of them, so that every rank raises for the same group."""
+    members = _by_group(scores)
     for group, values in members.items():
         _refuse(values, scores.name_of(group), min_size)
     return members

@@ -63,7 +63,7 @@ def _ranges(cfg: Config) -> Iterator[Problem]:
         yield Problem("algo.reward_clip", f"must be [lowest, highest], got {list(algo.reward_clip)}")
     if cfg.stats.limbs is not None and cfg.stats.limbs > MAX_LIMBS:
         yield Problem("stats.limbs", f"must be at most {MAX_LIMBS}, which carry a float64, got {cfg.stats.limbs}")
-    if not cfg.stats.recentre and normalises(cfg) and algo.estimator not in NEED_GROUPS:
+    if not cfg.stats.recentre and normalises(algo, cfg.stats) and algo.estimator not in NEED_GROUPS:
         message = f"false divides values that algo.estimator {algo.estimator} does not centre by their deviation"
         yield Problem("stats.recentre", f"{message}, 1e4 times too much where all scores of a batch are equal; set true")
     if algo.kl_target is not None and (algo.kl_reward_coef > 0) == (algo.kl_loss_coef > 0):
@@ -71,9 +71,9 @@ def _ranges(cfg: Config) -> Iterator[Problem]:
         yield Problem("algo.kl_target", f"moves the one of algo.kl_reward_coef and algo.kl_loss_coef that is not 0, got {got}")
 
 
-def normalises(cfg: Config) -> bool:
+def normalises(algo: Algo, stats: Stats) -> bool:
     """Whether advantages are whitened over the global batch."""
-    return {"auto": cfg.algo.estimator in NORMALISED, "on": True, "off": False}[cfg.stats.normalise]
+    return {"auto": algo.estimator in NORMALISED, "on": True, "off": False}[stats.normalise]
 
 
 def _groups(cfg: Config) -> Iterator[Problem]:
@@ -152,7 +152,7 @@ def effect_problems(cfg: Config) -> Iterator[Problem]:
         yield Problem("reward.overlong_penalty", "has no effect while reward.overlong_frac is 0")
     if cfg.rollout.max_refills != 3 and cfg.rollout.keep_groups == "all":
         yield Problem("rollout.max_refills", "has no effect with rollout.keep_groups: all")
-    if not normalises(cfg):
+    if not normalises(algo, stats):
         reason = f"stats.normalise {stats.normalise} with algo.estimator {algo.estimator} leaves advantages as they are"
         for name in ("population", "scope", "recentre"):
             if getattr(stats, name) != getattr(Stats(), name):

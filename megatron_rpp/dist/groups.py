@@ -23,8 +23,9 @@ class Groups:
     """Every group that this rank is a member of. All exist, also where they hold one rank only.
 
     world: all ranks, the device's backend. world_cpu: all ranks on gloo, for objects and for host tensors.
-    dp: ranks that hold other data and the same shard. dp_cp: those and their context-parallel peers, who hold the same
-    data and answer for other tokens of it: over it, gradients are summed. tp, cp, pp: the usual. model: tp x cp x pp, the ranks that work on one dp rank's batch.
+    dp: ranks that hold other data and the same shard. dp_cp: those and their context-parallel peers, who hold the same data and
+    answer for other tokens of it: over it, gradients are summed. tp, cp, pp: the usual. model: tp x cp x pp, the ranks that work on
+    one dp rank's batch.
 
     The experts of a layer lie over ep x etp of the tp x cp x dp ranks of a stage. expert_dp: ranks that hold the same experts.
     """

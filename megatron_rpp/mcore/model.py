@@ -202,13 +202,13 @@ class MegatronModel:
         A minibatch that has no such token on any rank is left out by all: Adam would move the weights by its momentum and decay.
         """
         parts, done = split_minibatches(batch.group_S, num_minibatches), []
-        counts = self._count(batch.mask_T if live_T is None else live_T, [token_index(batch.cu_len_S1, part) for part in parts])
-        for sequences, num_live in zip(parts, counts, strict=True):
+        indices = [token_index(batch.cu_len_S1, sequences) for sequences in parts]
+        counts = self._count(batch.mask_T if live_T is None else live_T, indices)
+        for sequences, index, num_live in zip(parts, indices, counts, strict=True):
             if num_live == 0:
                 # The schedule is laid over the minibatches of a run, so that it ends where the run ends, whatever was left out.
                 self._trained().scheduler.step(1)
                 continue
-            index = token_index(batch.cu_len_S1, sequences)
             done.append(self._step(select(batch, sequences), target_T[index], objective, temperature))
             if not done[-1][1].is_finite:
                 break
