@@ -17,6 +17,7 @@ from megatron_rpp.config.load import load_with_lines
 from megatron_rpp.config.presets import PRESETS
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import Checked, validate
+from megatron_rpp.data.tokenizer_file import preview_tokenizer
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import ConfigError, RppError
 from megatron_rpp.host import num_gpus
@@ -99,7 +100,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     world = World.from_env()
     cfg, checked = _load(options, world_size=None if world.launcher == "single" else world.size)
     if world.rank == 0 and options.report is None:
-        _print_warnings(checked)
+        _print_warnings(checked.warnings)
     if world.launcher == "single" and num_ranks(cfg) > 1:
         from megatron_rpp import launch
 
@@ -172,15 +173,17 @@ def _is_cpu(cfg: Config) -> bool:
 
 def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     cfg, checked = _load(options)
+    tokenizer = preview_tokenizer(cfg)
     print(f"{options.config}: every setting holds")
     print(f"  {'model':30} {checked.hf.model_type}, {checked.hf.num_parameters:,} parameters, {cfg.model.dtype}")
     print(f"  {'roll-out':30} {_ROLLOUT_DTYPES[cfg.rollout.dtype].format(cfg.model.dtype)}")
+    print(f"  {'stop tokens':30} {tokenizer.stop_tokens}")
     for line in _preset_lines(cfg):
         print(f"  {line}")
     known = {name.replace("_", " "): value for name, value in asdict(checked.geometry).items() if value is not None}
     for name, value in known.items():
         print(f"  {name:30} {' to '.join(map(str, value)) if isinstance(value, tuple) else value}")
-    _print_warnings(checked)
+    _print_warnings((*checked.warnings, *tokenizer.warnings))
     return 0
 
 
@@ -193,8 +196,8 @@ def _preset_lines(cfg: Config) -> Iterator[str]:
         yield f"{'preset ' + cfg.preset:30} {section}.{name}: {found}{over}"
 
 
-def _print_warnings(checked: Checked) -> None:
-    for warning in checked.warnings:
+def _print_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
 

@@ -88,7 +88,7 @@ class _Scoring:
 
     def add(self, prompt: Prompt, response: Response) -> None:
         """Hand a finished response to the workers; called while others are still being decoded."""
-        verdict = self._pool.submit(RewardInput(prompt=prompt.text, response=response.text, answer=prompt.answer))
+        verdict = self._pool.submit(RewardInput(prompt.text, response.text, prompt.answer, prompt.end))
         self._waiting.append((response, verdict))
         self._tokens += len(response.tokens)
         if self._progress is not None:

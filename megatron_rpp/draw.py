@@ -37,6 +37,12 @@ class Drawn:
         """Sampled groups whose scores differ."""
         return sum(not group.is_even for group in self.sampled) / len(self.sampled)
 
+    @property
+    def truncated_frac(self) -> float:
+        """Sampled responses that the length limit ended."""
+        responses = [response for group in self.sampled for response in group.responses]
+        return sum(response.is_truncated for response in responses) / len(responses)
+
 
 def draw(prompts: PromptStream, collect: Collect, rollout: Rollout, *, least: int) -> Drawn:
     """Sample the groups of one step. Every rank calls this and comes to the same answer.

@@ -6,13 +6,11 @@ from functools import partial
 
 from megatron_rpp.collect import Collector
 from megatron_rpp.config.schema import Config
-from megatron_rpp.data.prompts import load_prompts
-from megatron_rpp.data.template import load_tokenizer
 from megatron_rpp.engines import await_engines, open_engines
 from megatron_rpp.errors import ConfigError
-from megatron_rpp.heldout import evaluate
+from megatron_rpp.heldout import evaluate, held_out_sampling
+from megatron_rpp.inputs import many_truncated_warning, open_codec, read_prompts
 from megatron_rpp.process import open_process
-from megatron_rpp.rollout.request import Sampling
 
 VERSION = 0  # of the weights in the directory, which the engine loads by itself
 
@@ -30,20 +28,21 @@ def evaluate_model(cfg: Config) -> None:
             fix="convert it first: python tools/convert_megatron_to_hf.py",
         )
     with open_process(cfg, "eval") as process:
-        tokenizer = load_tokenizer(cfg.model.hf)
-        prompts = load_prompts(cfg.data, tokenizer, path=cfg.data.eval).prompts[: cfg.eval.max_prompts]
-        max_tokens = cfg.eval.max_response_tokens or cfg.rollout.max_response_tokens
-        detokenise = partial(tokenizer.decode, skip_special_tokens=True)
-        longest = cfg.data.max_prompt_tokens + max_tokens
-        with open_engines(process, detokenise, max_sequence_tokens=longest, reads_weights=True) as sampler:
+        codec = open_codec(process)
+        (held_out,) = read_prompts(process, codec, [cfg.data.eval])
+        sampling = held_out_sampling(cfg, codec.stop.ids)
+        longest = cfg.data.max_prompt_tokens + sampling.max_tokens
+        with open_engines(process, codec.decode, max_sequence_tokens=longest, reads_weights=True) as sampler:
             await_engines(process, sampler, version=VERSION)
             collector = Collector(cfg, process.groups, sampler.rollouts, sampler.pool)
             result = evaluate(
                 collector,
-                prompts,
+                held_out.prompts[: cfg.eval.max_prompts],
                 version=VERSION,
-                sampling=Sampling(max_tokens=max_tokens, temperature=cfg.eval.temperature),
+                sampling=sampling,
                 table=process.dir.path / "eval" / "model.jsonl",
                 progress=partial(process.log.progress, "evaluation"),
             )
+        if text := many_truncated_warning(result.truncated_frac, "eval.max_response_tokens", codec):
+            process.log.warn(text)
         process.log.evaluation(0, result.as_metrics())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rpp.collect import Collector, Progress
+from megatron_rpp.config.schema import Config
 from megatron_rpp.rollout.request import Sampling
 from megatron_rpp.types import Group, Prompt
 
@@ -33,6 +34,15 @@ class EvalResult:
             "eval/truncated_frac": self.truncated_frac,
             "eval/reward_failed_frac": self.failed_frac,
         }
+
+
+def held_out_sampling(cfg: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
+    """How the answers of an evaluation are drawn."""
+    return Sampling(
+        max_tokens=cfg.eval.max_response_tokens or cfg.rollout.max_response_tokens,
+        temperature=cfg.eval.temperature,
+        stop_token_ids=stop_token_ids,
+    )
 
 
 def evaluate(

@@ -16,13 +16,12 @@ from megatron_rpp.algo.mismatch import Mismatch, mismatch, summarise
 from megatron_rpp.collect import Collector
 from megatron_rpp.config.schema import Algo, Config
 from megatron_rpp.credit import Credit, Credited, truncation_warning
-from megatron_rpp.data.prompts import PromptSet, PromptStream, load_prompts
-from megatron_rpp.data.template import load_tokenizer
 from megatron_rpp.dist.collectives import all_gather, barrier, gather_objects, sum_float64
 from megatron_rpp.draw import Drawn, draw
 from megatron_rpp.engines import Sampler, await_engines, open_engines, open_path, record_engines
 from megatron_rpp.errors import NumericsError, StaleWeightsError
-from megatron_rpp.heldout import evaluate
+from megatron_rpp.heldout import evaluate, held_out_sampling
+from megatron_rpp.inputs import Inputs, many_truncated_warning, read_inputs
 from megatron_rpp.mcore.critic import Critic
 from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.observe.rollout import rollout_metrics
@@ -84,7 +83,7 @@ class Improved:
 class Session:
     """Made by `Session.open`. Every method is called by every rank alike."""
 
-    def __init__(self, process: Process, sampler: Sampler, models: Models, place: Colocated) -> None:
+    def __init__(self, process: Process, inputs: Inputs, sampler: Sampler, models: Models, place: Colocated) -> None:
         cfg = process.cfg
         self.cfg, self.process, self.groups, self.log = cfg, process, process.groups, process.log
         self.policy, self.ref, self.critic, self.place = models.policy, models.ref, models.critic, place
@@ -94,22 +93,25 @@ class Session:
         self.algo = first_algo(cfg)  # that of the next step: a KL coefficient may move
         self.clock = Clock()
         self.dp_rank, self.dp_size = self.groups.coords.dp, self.groups.dp_size
-        self._sampling = Sampling(max_tokens=cfg.rollout.max_response_tokens, temperature=cfg.rollout.temperature, top_p=cfg.rollout.top_p)
+        self._sampling = Sampling(
+            max_tokens=cfg.rollout.max_response_tokens,
+            temperature=cfg.rollout.temperature,
+            top_p=cfg.rollout.top_p,
+            stop_token_ids=inputs.codec.stop.ids,
+        )
         self._collector = Collector(cfg, self.groups, sampler.rollouts, sampler.pool)
-        self._prompts: PromptStream | None = None
-        self._held_out: PromptSet | None = None
+        self._codec, self._prompts, self._held_out = inputs.codec, inputs.train, inputs.held_out
         self._saved_step = -1
 
     @classmethod
     @contextmanager
     def open(cls, cfg: Config) -> Iterator[Session]:
-        """Everything a training run needs, the engines up and the prompts read. Raises: RppError, on every rank alike."""
+        """Everything a training run needs, the prompts read and the engines up. Raises: RppError, on every rank alike."""
         with open_process(cfg, "train") as process:
-            tokenizer = load_tokenizer(cfg.model.hf)
+            inputs = read_inputs(process)  # first: a bad row must not cost the start of the engines
             longest = cfg.data.max_prompt_tokens + max(cfg.rollout.max_response_tokens, cfg.eval.max_response_tokens or 0)
-            detokenise = partial(tokenizer.decode, skip_special_tokens=True)
-            with open_engines(process, detokenise, max_sequence_tokens=longest) as sampler:
-                # The engines load while the policy is built and the prompts are read.
+            with open_engines(process, inputs.codec.decode, max_sequence_tokens=longest) as sampler:
+                # The engines load while the policy is built.
                 policy, live = open_policy(process)
                 models = Models(policy, open_reference(process), open_critic(process) if cfg.algo.estimator == "gae" else None)
                 path = open_path(process, live, sampler)
@@ -123,22 +125,9 @@ class Session:
                     warn=process.log.warn,
                     on_restart=partial(record_engines, process, sampler),
                 )
-                session = cls(process, sampler, models, place)
-                session._read_prompts(tokenizer)
+                session = cls(process, inputs, sampler, models, place)
                 await_engines(process, sampler)
                 yield session
-
-    def _read_prompts(self, tokenizer) -> None:
-        data = self.cfg.data
-        train = load_prompts(data, tokenizer)
-        self._prompts = PromptStream(train.prompts, self.cfg.run.seed)
-        self._held_out = load_prompts(data, tokenizer, path=data.eval) if data.eval is not None else None
-        for prompts in (train, self._held_out):
-            if prompts is not None and prompts.bad_rows:
-                self.log.warn(f"{prompts.path}: {len(prompts.bad_rows)} rows left out, see bad_rows.json (data.on_bad_row=skip)")
-        bad = [row for prompts in (train, self._held_out) if prompts is not None for row in prompts.bad_rows]
-        if bad and self.process.is_first:
-            self.process.dir.write_json("bad_rows.json", [asdict(row) for row in bad])
 
     # -- the life of a run ------------------------------------------------------------------------------------------
 
@@ -211,6 +200,8 @@ class Session:
             self.log.say(f"        step {step}: {found}; the scores differ in {drawn.informative_frac:.0%} of the sampled groups")
         if text := truncation_warning(drawn.kept, self.cfg.reward):
             self.log.warn(f"step {step}: {text}", once="truncated_coef")
+        if text := many_truncated_warning(drawn.truncated_frac, "rollout.max_response_tokens", self._codec):
+            self.log.warn(f"step {step}: {text}", once="many_truncated")
         return drawn
 
     def admit(self, groups: Sequence[Group], *, version: int) -> None:
@@ -322,13 +313,12 @@ class Session:
                 self._collector,
                 self._held_out.prompts[: self.cfg.eval.max_prompts],
                 version=self.place.version,
-                sampling=Sampling(
-                    max_tokens=self.cfg.eval.max_response_tokens or self.cfg.rollout.max_response_tokens,
-                    temperature=self.cfg.eval.temperature,
-                ),
+                sampling=held_out_sampling(self.cfg, self._codec.stop.ids),
                 table=self.process.dir.path / "eval" / f"step-{step:06d}.jsonl",
                 progress=partial(self.log.progress, f"evaluation at step {step}"),
             )
+        if text := many_truncated_warning(result.truncated_frac, "eval.max_response_tokens", self._codec):
+            self.log.warn(f"evaluation at step {step}: {text}", once="many_truncated_eval")
         self.log.evaluation(step, result.as_metrics(), timing={"eval_s": clock.take()["step_s"]})
         self.clock.take()
 

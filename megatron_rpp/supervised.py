@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_rpp.config.schema import Config
+from megatron_rpp.data.codec import Codec
 from megatron_rpp.data.examples import load_examples
 from megatron_rpp.data.packing import pack_groups
 from megatron_rpp.data.prompts import PromptStream
-from megatron_rpp.data.template import load_tokenizer
 from megatron_rpp.errors import ConfigError, NumericsError
 from megatron_rpp.process import open_policy, open_process
 from megatron_rpp.weights.export import export_hf
@@ -21,10 +21,12 @@ def supervise(cfg: Config) -> None:
     Raises: ConfigError, DataError, NumericsError; CheckpointError when the result cannot be written.
     """
     _check(cfg)
-    tokenizer = load_tokenizer(cfg.model.hf)
-    examples = load_examples(cfg.data, tokenizer, cfg.sft.train, max_tokens=cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens)
+    codec = Codec.open(cfg)
+    examples = load_examples(cfg.data, codec, cfg.sft.train, max_tokens=cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens)
     optim = replace(cfg.optim, lr=cfg.sft.lr, warmup_steps=cfg.sft.warmup_steps, schedule="cosine")
     with open_process(cfg, "sft") as process:
+        for warning in codec.warnings:
+            process.log.warn(warning)
         policy, live = open_policy(process, cfg=replace(cfg, optim=optim), total_steps=cfg.sft.steps)
         stream = PromptStream(examples.prompts, cfg.run.seed)
         for step in range(1, cfg.sft.steps + 1):

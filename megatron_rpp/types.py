@@ -25,6 +25,7 @@ class Prompt:
 
     uid: stable over runs and files' order (hash of the row's content), the key of groups and of seeds.
     tokens: prompt token ids after the chat template. text: what the reward function is shown.
+    end: what the chat template wrote after the last message; a reward sees there whether a thought is open.
     """
 
     uid: str
@@ -32,6 +33,7 @@ class Prompt:
     text: str
     answer: str
     domain: str = "default"
+    end: str = ""
 
 
 @dataclass(frozen=True, slots=True)

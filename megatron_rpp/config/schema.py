@@ -91,6 +91,8 @@ class Rollout:
     prompts_per_step: int = 64
     samples_per_prompt: int = 4
     max_response_tokens: int = 1024
+    # Token ids, or texts of one token, that end a response besides those that the model's files name; in evaluations too.
+    stop_tokens: tuple[int | str, ...] = ()
     temperature: float = 1.0
     top_p: float = 1.0
     max_concurrent: int = 128  # requests in flight at one engine

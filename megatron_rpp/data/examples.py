@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_rpp.config.schema import Data
-from megatron_rpp.data.rows import BadRow, iter_rows
-from megatron_rpp.data.template import check_template, encode
+from megatron_rpp.data.codec import Codec
+from megatron_rpp.data.rows import BadRow, field_of, iter_rows
+from megatron_rpp.data.template import EncodeError
 from megatron_rpp.errors import DataError
 from megatron_rpp.types import Group, Prompt, Response
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 RESPONSE_KEY = "response"
 
@@ -27,40 +25,42 @@ class ExampleSet:
     group_of: dict[str, Group]
 
 
-def load_examples(cfg: Data, tokenizer: PreTrainedTokenizerBase, path: Path, *, max_tokens: int) -> ExampleSet:
-    """Read rows {prompt_key, "response"} and tokenise both; the end token is appended to every response.
+def load_examples(cfg: Data, codec: Codec, path: Path, *, max_tokens: int) -> ExampleSet:
+    """Read rows {prompt_key, "response"} and encode both; an end token is appended to every response.
 
     A row that repeats another is kept once. Prompt and response together must fit `max_tokens`.
     Raises: DataError naming file and line for the first row that cannot be used, and for an empty file.
     """
-    check_template(tokenizer, cfg.template, cfg.system)
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end token", where=str(path), fix="set eos_token in tokenizer_config.json")
     group_of: dict[str, Group] = {}
     for row in iter_rows(path, [cfg.prompt_key, RESPONSE_KEY]):
         if isinstance(row, BadRow):
             raise DataError(row.reason, where=f"{path}:{row.line}")
-        group = _group(row.fields, f"{path}:{row.line}", cfg, tokenizer)
-        length = len(group.prompt.tokens) + len(group.responses[0].tokens)
-        if length > max_tokens:
-            raise DataError("the example is too long", where=f"{path}:{row.line}", expected=f"at most {max_tokens} tokens", got=length)
+        group = _group(row.fields, f"{path}:{row.line}", cfg, codec, max_tokens)
         group_of[group.prompt.uid] = group
     if not group_of:
         raise DataError("the file holds no example", where=str(path))
     return ExampleSet(tuple(group.prompt for group in group_of.values()), group_of)
 
 
-def _group(fields: dict[str, object], where: str, cfg: Data, tokenizer: PreTrainedTokenizerBase) -> Group:
+def _group(fields: Mapping[str, object], where: str, cfg: Data, codec: Codec, max_tokens: int) -> Group:
     texts = []
+    limit = f"at most {max_tokens} tokens, data.max_prompt_tokens + rollout.max_response_tokens"
     for key in (cfg.prompt_key, RESPONSE_KEY):
-        text = fields.get(key)
+        text = field_of(fields, key)
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{key!r} must be text", where=where, got=repr(text))
+            raise DataError(f"{key!r} must be text", where=where, got=repr(text)[:200])
+        if codec.is_longer(text, max_tokens):
+            raise DataError("the example is too long", where=where, expected=limit, got=f"{len(text)} characters in {key!r}")
         texts.append(text)
     prompt, response = texts
+    try:
+        encoded, tokens = codec.encode_prompt(prompt), codec.encode_response(response)
+    except EncodeError as error:
+        raise DataError(str(error), where=where) from error
+    if (length := len(encoded.tokens) + len(tokens)) > max_tokens:
+        raise DataError("the example is too long", where=where, expected=limit, got=f"{length} tokens")
     uid = hashlib.blake2b(f"{prompt}\x1f{response}".encode(), digest_size=16).hexdigest()
-    tokens = (*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id)
     return Group(
-        Prompt(uid=uid, tokens=encode(tokenizer, prompt, template=cfg.template, system=cfg.system), text=prompt, answer=response),
+        Prompt(uid=uid, tokens=encoded.tokens, text=prompt, answer=response, end=encoded.end),
         (Response(uid, 0, tokens, (0.0,) * len(tokens), response, "stop", version=0, score=0.0),),
     )

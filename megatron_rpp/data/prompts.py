@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_rpp.config.schema import Data
-from megatron_rpp.data.rows import BadRow, Row, iter_rows
-from megatron_rpp.data.template import Messages, TemplateError, check_template, encode
+from megatron_rpp.data.codec import Codec
+from megatron_rpp.data.rows import BadRow, Row, field_of, iter_rows, number_text
+from megatron_rpp.data.template import EncodeError, Messages
 from megatron_rpp.errors import DataError
 from megatron_rpp.types import Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MAX_BAD_ROWS_SHOWN = 10
 
@@ -41,13 +37,12 @@ class PromptSet:
     bad_rows: tuple[BadRow, ...]
 
 
-def load_prompts(cfg: Data, tokenizer: PreTrainedTokenizerBase, *, path: Path | None = None) -> PromptSet:
-    """Read, check and tokenise `path` (default: `cfg.train`), a .jsonl or .parquet file.
+def load_prompts(cfg: Data, codec: Codec, *, path: Path | None = None) -> PromptSet:
+    """Read, check and encode `path` (default: `cfg.train`), a .jsonl or .parquet file.
 
     Raises: DataError when the file cannot be read, holds no usable row, or holds a bad one and `cfg.on_bad_row` is "error".
     """
     path = cfg.train if path is None else path
-    check_template(tokenizer, cfg.template, cfg.system)
     prompts: dict[str, Prompt] = {}
     first_line: dict[str, int] = {}
     bad_rows: list[BadRow] = []
@@ -57,10 +52,10 @@ def load_prompts(cfg: Data, tokenizer: PreTrainedTokenizerBase, *, path: Path | 
             bad_rows.append(row)
             continue
         try:
-            prompt = _prompt_of(row, cfg, tokenizer)
+            prompt = _prompt_of(row, cfg, codec)
             if prompt.uid in prompts:
                 raise _RowError(f"the same problem and answer as line {first_line[prompt.uid]}")
-        except (_RowError, TemplateError) as error:
+        except (_RowError, EncodeError) as error:
             bad_rows.append(BadRow(str(path), row.line, str(error)))
             continue
         prompts[prompt.uid] = prompt
@@ -72,17 +67,29 @@ def load_prompts(cfg: Data, tokenizer: PreTrainedTokenizerBase, *, path: Path | 
     return PromptSet(path, tuple(prompts.values()), tuple(bad_rows))
 
 
-def _prompt_of(row: Row, cfg: Data, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def _prompt_of(row: Row, cfg: Data, codec: Codec) -> Prompt:
     problem = _problem(_field(row, cfg.prompt_key), cfg.prompt_key)
     answer = _answer(_field(row, cfg.answer_key), cfg)
     domain = "default" if cfg.domain_key is None else _text(_field(row, cfg.domain_key), cfg.domain_key)
-    tokens = encode(tokenizer, problem, template=cfg.template, system=cfg.system)
-    if not tokens:
+    _check_length(problem, cfg, codec)
+    prompt = codec.encode_prompt(problem)
+    if not prompt.tokens:
         raise _RowError(f"{cfg.prompt_key!r} has no token")
-    if len(tokens) > cfg.max_prompt_tokens:
-        raise _RowError(f"{len(tokens)} prompt tokens, more than data.max_prompt_tokens={cfg.max_prompt_tokens}")
+    if len(prompt.tokens) > cfg.max_prompt_tokens:
+        limit = f"data.max_prompt_tokens={cfg.max_prompt_tokens}"
+        raise _RowError(f"{len(prompt.tokens)} prompt tokens, more than {limit}")
     text = problem if isinstance(problem, str) else problem[-1]["content"]
-    return Prompt(uid=_uid(problem, answer, domain), tokens=tokens, text=text, answer=answer, domain=domain)
+    uid = _uid(problem, answer, domain)
+    return Prompt(uid=uid, tokens=prompt.tokens, text=text, answer=answer, domain=domain, end=prompt.end)
+
+
+def _check_length(problem: str | Messages, cfg: Data, codec: Codec) -> None:
+    """Refuse a huge row before it is encoded as a whole."""
+    texts = [problem] if isinstance(problem, str) else [message["content"] for message in problem]
+    for text in texts:
+        if codec.is_longer(text, cfg.max_prompt_tokens):
+            limit = f"data.max_prompt_tokens={cfg.max_prompt_tokens}"
+            raise _RowError(f"{len(text)} characters, which is far more than {limit} allows")
 
 
 def _uid(problem: str | Messages, answer: str, domain: str) -> str:
@@ -91,10 +98,11 @@ def _uid(problem: str | Messages, answer: str, domain: str) -> str:
 
 
 def _field(row: Row, key: str) -> object:
-    if row.fields.get(key) is None:
+    value = field_of(row.fields, key)
+    if value is None:
         present = ", ".join(sorted(row.fields)) or "none"
         raise _RowError(f"field {key!r} is missing (fields: {present})")
-    return row.fields[key]
+    return value
 
 
 def _problem(value: object, key: str) -> str | list[dict[str, str]]:
@@ -105,8 +113,14 @@ def _problem(value: object, key: str) -> str | list[dict[str, str]]:
     messages = []
     for place, message in enumerate(value):
         name = f"{key}[{place}]"
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise _RowError(f"{name} must be an object with exactly 'role' and 'content'")
+        if not isinstance(message, Mapping):
+            raise _RowError(f"{name} must be an object with 'role' and 'content'")
+        # A table has one set of columns for all messages: the fields that a message does not use are null.
+        used = {part for part, content in message.items() if content is not None}
+        if unknown := sorted(used - {"role", "content"}):
+            raise _RowError(f"{name} has a field {unknown[0]!r}; only 'role' and 'content' are read")
+        if lacking := sorted({"role", "content"} - used):
+            raise _RowError(f"{name} has no {lacking[0]!r}")
         messages.append({part: _text(message[part], f"{name}.{part}") for part in ("role", "content")})
     if messages[-1]["role"] != "user":
         raise _RowError(f"the last message of {key!r} is the {messages[-1]['role']}'s, expected the user's")
@@ -115,9 +129,11 @@ def _problem(value: object, key: str) -> str | list[dict[str, str]]:
 
 def _answer(value: object, cfg: Data) -> str:
     """Answers may be numbers: 27.0 is "27"."""
-    if isinstance(value, float) and math.isfinite(value):
-        value = int(value) if value.is_integer() else value
-    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else _text(value, cfg.answer_key)
+    try:
+        number = number_text(value)
+    except ValueError as error:
+        raise _RowError(f"{cfg.answer_key!r} {error}") from None
+    text = _text(value, cfg.answer_key) if number is None else number
     if cfg.answer_after is None:
         return text
     _, marker, rest = text.rpartition(cfg.answer_after)
@@ -173,11 +189,8 @@ class PromptStream:
         """Prompts of an epoch that are none of `uids`."""
         return sum(prompt.uid not in uids for prompt in self._prompts)
 
-    def take(self, count: int, *, without: Set[str] = frozenset()) -> tuple[Prompt, ...]:
-        """The next `count` prompts that are none of `without` (what was taken just before, and must not come again so soon).
-
-        Raises: DataError when there are fewer in the whole set.
-        """
+    def check_enough(self, count: int, *, without: Set[str] = frozenset()) -> None:
+        """Raises: DataError when `count` different prompts, none of `without`, cannot be taken."""
         if not 1 <= count <= self.num_without(without):
             raise DataError(
                 f"{count} different prompts were asked for",
@@ -185,6 +198,13 @@ class PromptStream:
                 expected=f"1 to {len(self._prompts)}, the usable prompts of data.train",
                 fix="lower rollout.prompts_per_step or add prompts",
             )
+
+    def take(self, count: int, *, without: Set[str] = frozenset()) -> tuple[Prompt, ...]:
+        """The next `count` prompts that are none of `without` (what was taken just before, and must not come again so soon).
+
+        Raises: DataError when there are fewer in the whole set.
+        """
+        self.check_enough(count, without=without)
         taken = self._pick(count, without)
         if missing := count - len(taken):
             avoided = [index for index, prompt in enumerate(self._prompts) if prompt.uid in without and index not in taken]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from megatron_rpp.errors import DataError
@@ -38,6 +40,31 @@ def iter_rows(path: Path, columns: Sequence[str]) -> Iterator[Row | BadRow]:
     return readers[path.suffix](path, columns)
 
 
+def field_of(fields: Mapping[str, object], key: str) -> object:
+    """The value under `key`, or under the path that `key` is, as in "reward_model.ground_truth". None when there is none."""
+    if key in fields:
+        return fields[key]
+    first, dot, rest = key.partition(".")
+    inner = fields.get(first)
+    return field_of(inner, rest) if dot and isinstance(inner, Mapping) else None
+
+
+def number_text(value: object) -> str | None:
+    """A number as text, 27.0 as "27" and 1e23 with all its zeros; None for what is no number.
+
+    Raises: ValueError for a number that is not finite, as 1e999 and a table's NaN are.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return None
+    if not math.isfinite(value):
+        raise ValueError(f"is {value}, which is not a finite number")
+    if isinstance(value, int):
+        return str(value)
+    text = f"{Decimal(repr(value)) if isinstance(value, float) else value:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
 def _iter_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row | BadRow]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -69,11 +96,12 @@ def _iter_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row | BadRow]:
         raise DataError("parquet files need pyarrow", where=str(path), fix="pip install pyarrow, or convert the file to .jsonl") from None
     try:
         with parquet.ParquetFile(path) as file:
-            present = [name for name in columns if name in file.schema_arrow.names]
-            if missing := sorted(set(columns) - set(present)):
-                raise DataError(f"column {missing[0]!r} is missing", where=str(path), got=", ".join(file.schema_arrow.names))
+            names = file.schema_arrow.names
+            for name in columns:
+                if name not in names and name.partition(".")[0] not in names:
+                    raise DataError(f"column {name!r} is missing", where=str(path), got=", ".join(names))
             number = 0
-            for batch in file.iter_batches(columns=present):
+            for batch in file.iter_batches(columns=list(columns)):  # "a.b" reads the field b of column a alone
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(number, fields)

@@ -1,4 +1,4 @@
-"""Tokenizers, and how a problem becomes prompt tokens. The only module of this package that imports transformers."""
+"""Tokenizers of Hugging Face directories, and the chat templates in them. The only importer of transformers in this package."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Messages = Sequence[Mapping[str, str]]
 Template = Literal["chat", "none"]
 
 
-class TemplateError(ValueError):
-    """The chat template refuses these messages: a fault of one row, not of the run."""
+class EncodeError(ValueError):
+    """Why one text cannot be encoded: a fault of one row, not of the run."""
 
 
 def load_tokenizer(hf_dir: Path) -> PreTrainedTokenizerBase:
@@ -27,47 +27,63 @@ def load_tokenizer(hf_dir: Path) -> PreTrainedTokenizerBase:
         raise DataError("there is no such directory", where=f"tokenizer {hf_dir}", fix="set model.hf to a downloaded HF directory")
     try:
         return AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise DataError(
-            "the tokenizer does not load",
-            where=f"tokenizer {hf_dir}",
-            expected="tokenizer.json and tokenizer_config.json, or what the model's own tokenizer class reads",
-            got=f"{type(error).__name__}: {error}",
-        ) from error
+    except Exception as error:  # the tokenizers library raises a bare one for a file that it does not understand
+        raise load_error(hf_dir, error) from error
+
+
+def load_error(hf_dir: Path, error: Exception) -> DataError:
+    """The error to raise for a tokenizer whose files do not load."""
+    return DataError(
+        "the tokenizer does not load",
+        where=f"tokenizer {hf_dir}",
+        expected="tokenizer.json and tokenizer_config.json that the installed transformers and tokenizers read",
+        got=f"{type(error).__name__}: {error}",
+        fix="download the tokenizer's files again, or save them with this version of transformers",
+    )
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, template: Template, system: str | None) -> None:
     """Raises: DataError when the tokenizer or the settings cannot do what `template` asks."""
-    if template == "chat" and not tokenizer.chat_template:
+    if template == "none":
+        if system is not None:
+            fix = "remove data.system, or set data.template=chat"
+            raise DataError("a system message needs a chat template", where="data.system", fix=fix)
+        return
+    if not tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template",
             where="data.template=chat",
             expected=f"a chat template in {tokenizer.name_or_path}",
             fix="use an instruct model's directory, or data.template=none for a base model",
         )
-    if template == "none" and system is not None:
-        raise DataError("a system message needs a chat template", where="data.system", fix="remove data.system, or set data.template=chat")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer has named chat templates and none of them is the default",
+            where=f"data.template=chat, {tokenizer.name_or_path}",
+            expected="a template named 'default'",
+            got=", ".join(sorted(tokenizer.chat_template)),
+            fix="rename the template that prompts should use to 'default' in tokenizer_config.json",
+        )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, *, template: Template, system: str | None = None) -> tuple[int, ...]:
-    """Token ids that the model continues: a rendered chat that ends where the assistant speaks, or the text itself.
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, with_turn: bool) -> str:
+    """The conversation as the chat template writes it. with_turn: the start of the assistant's turn is written too.
 
-    `template="chat"` renders the whole conversation, with `system` before it unless it brings its own. `"none"` tokenises
-    the text as the tokenizer does by default (a beginning-of-text token included where the model has one).
-
-    Raises: TemplateError when the chat template refuses the messages, or messages come with `template="none"`.
+    Raises: EncodeError when the template refuses the messages or fails on them; DataError when it does not parse, which
+    no row can change.
     """
-    if template == "none":
-        if not isinstance(prompt, str):
-            raise TemplateError("a list of messages needs data.template=chat")
-        return tuple(tokenizer.encode(prompt))
-    from jinja2 import TemplateError as JinjaError
+    from jinja2 import TemplateError, TemplateSyntaxError
 
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
-    if system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except JinjaError as error:
-        raise TemplateError(f"the chat template refuses the messages: {error}") from error
-    return tuple(tokenizer.encode(text, add_special_tokens=False))  # the template has written them
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=with_turn)
+    except TemplateSyntaxError as error:
+        raise DataError(
+            "the chat template does not parse",
+            where=f"chat template of {tokenizer.name_or_path}, line {error.lineno}",
+            got=error.message,
+            fix="repair the template in chat_template.jinja or tokenizer_config.json",
+        ) from error
+    except TemplateError as error:
+        raise EncodeError(f"the chat template refuses the messages: {error}") from error
+    except Exception as error:  # the template is a program: it can divide by zero or add a word to a number
+        raise EncodeError(f"the chat template fails on the messages: {type(error).__name__}: {error}") from error

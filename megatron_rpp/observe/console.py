@@ -22,6 +22,7 @@ COLUMNS: tuple[tuple[str, int, str, str], ...] = (
     ("score", 7, "score/mean", ".3f"),
     ("held-out", 8, "eval/accuracy", ".3f"),
     ("length", 7, "response/tokens_mean", ".1f"),
+    ("cut %", 6, "cut", ".1f"),  # responses that the length limit ended
     ("mismatch", 9, "mismatch/mean_abs", ".2e"),
     ("clip %", 6, "clip", ".2f"),
     ("grad", 9, "policy/grad_norm", ".3g"),
@@ -59,6 +60,8 @@ def format_row(step: int, values: Mapping[str, Value], timing: Mapping[str, floa
     parts = [value for name in ("policy/clip_frac_low", "policy/clip_frac_high") if isinstance(value := values.get(name), float)]
     if parts:
         known["clip"] = 100.0 * sum(parts)
+    if isinstance(truncated := values.get("response/truncated_frac"), float):
+        known["cut"] = 100.0 * truncated
     cells = [f"{known[name]:{form}}" if isinstance(known.get(name), int | float) else "-" for _, _, name, form in COLUMNS]
     return f"{step:6d}  " + "  ".join(f"{cell:>{width}}" for cell, (_, width, _, _) in zip(cells, COLUMNS, strict=True))
 

@@ -37,7 +37,9 @@ class RunLog:
         self._held_out = {name: value for name, value in values.items() if name == "eval/accuracy"}
         accuracy = values.get("eval/accuracy")
         if isinstance(accuracy, int | float):
-            self._console.say(f"{step:6d}  held-out accuracy {accuracy:.4f} on {values.get('eval/num_prompts', '?')} prompts")
+            text = f"{step:6d}  held-out accuracy {accuracy:.4f} on {values.get('eval/num_prompts', '?')} prompts"
+            truncated = values.get("eval/truncated_frac", 0.0)
+            self._console.say(f"{text}, {truncated:.0%} of the answers truncated" if truncated else text)
 
     def sft(self, step: int, num_steps: int, values: Mapping[str, Value]) -> None:
         """Record one step of a supervised warm-up, and show how far it is."""

@@ -11,11 +11,18 @@ FailureKind = Literal["timeout", "crash", "memory", "exception", "bad value", "c
 
 @dataclass(frozen=True, slots=True)
 class RewardInput:
-    """One response to judge. prompt is the problem as written in the data file, before the chat template."""
+    """One response to judge.
+
+    prompt: the problem as written in the data file, before the chat template.
+    response: what the model wrote.
+    answer: the reference of the data file.
+    prompt_end: what the chat template wrote after the last message; it may open a thought.
+    """
 
     prompt: str
     response: str
     answer: str
+    prompt_end: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ LAYERS = (
     ("delivery", "engine_dir"),
     ("doctor", "launch", "observe", "placement", "resume"),
     ("collect", "process"),
-    ("credit", "draw", "engines", "heldout"),
+    ("credit", "draw", "engines", "heldout", "inputs"),
     ("evaluate", "session", "supervised"),
     ("train",),
     ("__main__",),
@@ -31,6 +31,7 @@ FENCE = {
     "megatron": ("megatron_rpp/mcore/", "patches/megatron_core/", "tests/", "tools/"),
     "sglang": ("megatron_rpp/rollout/", "patches/sglang/", "tests/", "tools/"),
     "transformers": ("megatron_rpp/data/", "megatron_rpp/mcore/build", "patches/", "tests/", "tools/", "examples/"),
+    "tokenizers": ("megatron_rpp/data/tokenizer_file", "tests/", "examples/"),
     "pydantic": ("megatron_rpp/config/load",),
     "yaml": ("megatron_rpp/config/load", "tests/", "tools/"),
     "torch.distributed": ("megatron_rpp/dist/", "megatron_rpp/mcore/", "megatron_rpp/weights/", STORE, "patches/", "tests/", "tools/"),
@@ -44,7 +45,7 @@ FENCE = {
     "wandb": (),
 }
 # Parts that answer at once, or run where torch must not be: they never import it while they themselves are imported.
-WITHOUT_TORCH = ("config/", "reward/", "observe/", "dist/world.py", "dist/hostlist.py")
+WITHOUT_TORCH = ("config/", "reward/", "observe/", "dist/world.py", "dist/hostlist.py", "data/tokenizer_file.py")
 WITHOUT_TORCH += ("__main__.py", "doctor.py", "errors.py", "host.py", "launch.py", "signals.py", "version.py")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_rpp.data.codec import Codec
+from megatron_rpp.data.stop_tokens import StopToken, StopTokens
 from megatron_rpp.types import Group, Prompt, Response
 
 CHAT_TEMPLATE = (
@@ -25,6 +27,15 @@ def byte_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTo
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
+
+
+def byte_codec(
+    tokenizer: PreTrainedTokenizerFast | None = None, *, vocab_size: int | None = None, end: int = 0, **settings: object
+) -> Codec:
+    """A codec of the byte tokenizer, or of another, with one row for each of its tokens. end: the only stop token."""
+    tokenizer = tokenizer or byte_tokenizer()
+    stop = StopTokens((StopToken(end, ("config.json",)),))
+    return Codec(tokenizer, len(tokenizer) if vocab_size is None else vocab_size, stop, **settings)
 
 
 def make_prompt(number: int, num_tokens: int = 2) -> Prompt:

@@ -15,7 +15,7 @@ from megatron_rpp.config.schema import Data
 from megatron_rpp.data.prompts import PromptStream, load_prompts
 from megatron_rpp.errors import DataError
 
-from .builders import byte_tokenizer, make_prompt
+from .builders import byte_codec, byte_tokenizer, make_prompt
 
 TOKENIZER = byte_tokenizer()
 WriteRows = Callable[..., Path]
@@ -34,8 +34,9 @@ def write_rows(tmp_path: Path) -> WriteRows:
     return write
 
 
-def load(path: Path, **settings: object):
-    return load_prompts(Data(train=path, **settings), TOKENIZER)
+def load(path: Path, vocab_size: int | None = None, **settings: object):
+    cfg = Data(train=path, **settings)
+    return load_prompts(cfg, byte_codec(TOKENIZER, vocab_size=vocab_size, template=cfg.template, system=cfg.system))
 
 
 def good(number: int = 1) -> dict[str, str]:
@@ -77,11 +78,16 @@ BAD_ROWS = [
     ({"prompt": "q", "answer": ["a"]}, "'answer' is of type list, expected text"),
     ({"prompt": " \n", "answer": "a"}, "'prompt' is empty"),
     ({"prompt": "q", "answer": ""}, "'answer' is empty"),
+    ('{"prompt": "q", "answer": 1e999}', "'answer' is inf, which is not a finite number"),
+    ('{"prompt": "q", "answer": -1e999}', "'answer' is -inf, which is not a finite number"),
     ('{"prompt": "\\ud800", "answer": "a"}', "'prompt' holds half of a surrogate pair"),
     ({"prompt": "x" * 100, "answer": "a"}, r"117 prompt tokens, more than data.max_prompt_tokens=64"),
     ({"prompt": [], "answer": "a"}, "empty list of messages"),
     ({"prompt": ["q"], "answer": "a"}, r"prompt\[0\] must be an object"),
     ({"prompt": [{"role": "user", "content": 3}], "answer": "a"}, r"'prompt\[0\].content' is of type int"),
+    ({"prompt": [{"role": "user", "content": "q", "name": "Ada"}], "answer": "a"}, r"prompt\[0\] has a field 'name'; only"),
+    ({"prompt": [{"role": "user", "content": None}], "answer": "a"}, r"prompt\[0\] has no 'content'"),
+    ({"prompt": "x" * 100_000, "answer": "a"}, r"100000 characters, which is far more than data.max_prompt_tokens=64 allows"),
     ({"prompt": [{"role": "assistant", "content": "hi"}], "answer": "a"}, "last message of 'prompt' is the assistant's"),
     (
         {"prompt": [{"role": "tool", "content": "x"}, {"role": "user", "content": "q"}], "answer": "a"},
@@ -149,6 +155,81 @@ def test_gsm8k_answers_are_what_follows_the_last_marker(write_rows: WriteRows) -
 def test_blank_lines_and_a_byte_order_mark_are_not_rows(write_rows: WriteRows) -> None:
     path = write_rows(b"\xef\xbb\xbf" + json.dumps(good(1)).encode(), "", "   ", good(2))
     assert len(load(path).prompts) == 2
+
+
+@pytest.mark.parametrize("key", ["reward_model.ground_truth", "reward_model.truth.value"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_key_may_be_a_path_into_nested_fields(tmp_path: Path, key: str, suffix: str) -> None:
+    rows = [{"prompt": f"q{n}", "reward_model": {"style": "rule", "ground_truth": f"{n}", "truth": {"value": f"{n}"}}} for n in range(3)]
+    path = tmp_path / f"train.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [prompt.answer for prompt in load(path, answer_key=key).prompts] == ["0", "1", "2"]
+    with pytest.raises(DataError, match=r"'reward_model.absent' is missing|does not read|column 'reward_model.absent'"):
+        load(path, answer_key="reward_model.absent")
+
+
+def test_a_key_with_a_dot_that_is_a_field_itself_is_that_field(write_rows: WriteRows) -> None:
+    (prompt,) = load(write_rows({"prompt": "q", "a.b": "1", "a": {"b": "2"}}), answer_key="a.b").prompts
+    assert prompt.answer == "1"
+
+
+def test_fields_of_a_message_that_are_null_are_not_there(tmp_path: Path) -> None:
+    """A table gives every message all columns that any message has."""
+    messages = [{"role": "user", "content": "q", "name": None, "tool_calls": None}]
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"prompt": [messages], "answer": ["1"]}), path)
+    (prompt,) = load(path).prompts
+    assert TOKENIZER.decode(prompt.tokens) == "<user>q<assistant>"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_answer_of_a_table_that_is_no_finite_number_is_a_bad_row(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"prompt": ["q", "r"], "answer": [1.5, value]}), path)
+    with pytest.raises(DataError, match=rf"train.parquet:2: 'answer' is {value}, which is not a finite number"):
+        load(path)
+
+
+def test_large_and_small_numbers_keep_the_value_that_was_written(write_rows: WriteRows) -> None:
+    """As integers 1e23 would be 99999999999999991611392."""
+    rows = [f'{{"prompt": "q{place}", "answer": {text}}}' for place, text in enumerate(["1e23", "1e-7", "-0.0", "100.0", "2.50"])]
+    assert [prompt.answer for prompt in load(write_rows(*rows)).prompts] == ["1" + "0" * 23, "0.0000001", "0", "100", "2.5"]
+
+
+def test_a_token_without_a_row_in_the_model_is_a_bad_row_that_names_it(write_rows: WriteRows) -> None:
+    tokenizer = byte_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    path = write_rows(good(1), {"prompt": "say <new>", "answer": "1"})
+    codec = byte_codec(tokenizer, vocab_size=rows)
+    with pytest.raises(
+        DataError, match=rf"train.jsonl:2: prompt token {rows} \('<new>', at place 10\) is not in the model, which has {rows} rows"
+    ):
+        load_prompts(Data(train=path), codec)
+    assert len(load_prompts(Data(train=path, on_bad_row="skip"), codec).prompts) == 1
+    assert len(load_prompts(Data(train=path), byte_codec(tokenizer)).prompts) == 2  # with a row for it all is well
+
+
+def test_a_huge_row_is_not_encoded_as_a_whole(write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = type(TOKENIZER).encode
+    monkeypatch.setattr(type(TOKENIZER), "encode", lambda self, text, **rest: encoded.append(len(text)) or encode(self, text, **rest))
+    with pytest.raises(DataError, match="10000000 characters"):
+        load(write_rows({"prompt": "x" * 10_000_000, "answer": "a"}), max_prompt_tokens=64)
+    assert 0 < sum(encoded) < 10_000
+
+
+def test_a_prompt_knows_what_the_template_wrote_after_its_last_message(write_rows: WriteRows) -> None:
+    """A message that reads like the template must not hide where the assistant's turn begins."""
+    template = byte_tokenizer().chat_template.replace("<assistant>{% endif %}", "<assistant><think>\n{% endif %}")
+    path = write_rows({"prompt": "think>", "answer": "1"}, {"prompt": "<assistant><think>\n", "answer": "1"})
+    prompts = load_prompts(Data(train=path), byte_codec(byte_tokenizer(chat_template=template))).prompts
+    assert [prompt.end for prompt in prompts] == ["<assistant><think>\n"] * 2
+    plain = load(write_rows({"prompt": "A: <think>\n", "answer": "1"}, {"prompt": "Use <think> tags.", "answer": "1"}), template="none")
+    assert [prompt.end for prompt in plain.prompts] == ["<think>", ""]
 
 
 def test_parquet_rows_and_messages_are_read_like_jsonl(tmp_path: Path) -> None:
@@ -233,6 +314,12 @@ def test_a_state_of_other_prompts_or_another_seed_is_refused() -> None:
     for stream in (PromptStream(PROMPTS[:9], 5), PromptStream(PROMPTS[::-1], 5), PromptStream(PROMPTS, 6)):
         with pytest.raises(DataError, match="other prompts or another seed"):
             stream.load_state_dict(state)
+
+
+def test_too_few_prompts_for_a_step_are_told_before_the_first_draw() -> None:
+    PromptStream(PROMPTS, 0).check_enough(10)
+    with pytest.raises(DataError, match=r"11 different prompts[\s\S]*1 to 10"):
+        PromptStream(PROMPTS, 0).check_enough(11)
 
 
 def test_more_prompts_than_there_are_is_an_error_that_says_how_many() -> None:

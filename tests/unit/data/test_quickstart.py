@@ -7,14 +7,16 @@ import importlib
 import json
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from megatron_rpp.config.load import load
+from megatron_rpp.data.codec import Codec
 from megatron_rpp.data.prompts import load_prompts
-from megatron_rpp.data.template import encode, load_tokenizer
+from megatron_rpp.data.template import load_tokenizer
 from megatron_rpp.reward import arithmetic
 from megatron_rpp.reward.base import RewardInput
 from megatron_rpp.weights.families.registry import describe
@@ -92,6 +94,11 @@ def test_the_warm_up_corpus_is_right_throughout_and_mostly_bare(assets: Path) ->
         assert all(int(left) + int(term) == int(result) for left, term, result in steps)
 
 
+def codec_of(model: Path, example: str = "quickstart/run.yaml") -> Codec:
+    cfg = load(EXAMPLES / example)
+    return Codec.open(replace(cfg, model=replace(cfg.model, hf=model)))
+
+
 def test_the_two_ways_to_answer_part_at_their_first_token_and_steps_are_single_tokens(assets: Path) -> None:
     tokenizer = load_tokenizer(assets / "model")
     worked = tokenizer.tokenize("Steps: 7+5=12, 12-3=9. Answer: 9")
@@ -103,8 +110,10 @@ def test_the_tokenizer_reads_and_writes_any_text(assets: Path) -> None:
     tokenizer = load_tokenizer(assets / "model")
     text = 'Jan\u00e9 paid \u00a35, or \U0001f600. Steps: \\frac{1}{2}\n\n"Answer: " \x00'
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    tokens = encode(tokenizer, "7+5=", template="chat", system="be brief")
+    codec = codec_of(assets / "model")
+    tokens = replace(codec, system="be brief").encode_prompt("7+5=").tokens
     assert tokenizer.decode(tokens) == "<|system|>be brief<|user|>7+5=<|assistant|>"
+    assert codec.stop.ids == (tokenizer.eos_token_id,)
     assert tokenizer.decode([*tokens, tokenizer.eos_token_id], skip_special_tokens=True) == "be brief7+5="
 
 
@@ -166,14 +175,14 @@ def test_each_slip_of_the_hard_corpus_has_one_wrong_result_and_a_rate_of_its_own
 
 
 def test_hard_problems_and_their_solutions_fit_the_run_files_limits(hard_assets: Path) -> None:
-    cfg, tokenizer = load(EXAMPLES / "quickstart" / "run.yaml"), load_tokenizer(hard_assets / "model")
+    cfg, codec = load(EXAMPLES / "quickstart" / "run.yaml"), codec_of(hard_assets / "model")
     for row in read(hard_assets / "sft.jsonl")[:500]:
-        assert len(encode(tokenizer, row["prompt"], template="chat")) <= cfg.data.max_prompt_tokens
-        assert len(tokenizer.encode(row["response"])) < cfg.rollout.max_response_tokens
+        assert len(codec.encode_prompt(row["prompt"]).tokens) <= cfg.data.max_prompt_tokens
+        assert len(codec.encode_response(row["response"])) <= cfg.rollout.max_response_tokens
 
 
 def test_the_gsm8k_sample_loads_through_the_tiny_settings(assets: Path) -> None:
     cfg = load(EXAMPLES / "gsm8k" / "tiny.yaml")
-    prompts = load_prompts(cfg.data, load_tokenizer(assets / "model")).prompts
+    prompts = load_prompts(cfg.data, codec_of(assets / "model", "gsm8k/tiny.yaml")).prompts
     assert [prompt.answer for prompt in prompts] == ["19", "1,400", "11", "200", "63", "270", "30", "-5"]
     assert len(prompts) >= cfg.rollout.prompts_per_step

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from megatron_rpp.data.template import TemplateError, check_template, encode, load_tokenizer
+from megatron_rpp.data.template import EncodeError, check_template, load_tokenizer
 from megatron_rpp.errors import DataError
 
-from .builders import byte_tokenizer
+from .builders import CHAT_TEMPLATE, byte_codec, byte_tokenizer
 
 
 def test_a_saved_tokenizer_loads_with_its_chat_template(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     check_template(tokenizer, "chat", None)
-    assert tokenizer.decode(encode(tokenizer, "hi", template="chat")) == "<user>hi<assistant>"
+    assert tokenizer.decode(byte_codec(tokenizer).encode_prompt("hi").tokens) == "<user>hi<assistant>"
 
 
 def test_a_missing_or_empty_directory_is_a_data_error(tmp_path: Path) -> None:
@@ -29,9 +30,38 @@ def test_a_missing_or_empty_directory_is_a_data_error(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+BROKEN = {
+    "another version": {"version": "9.0"},
+    "an unknown model": {"model": {"type": "FromTheFuture", "vocab": {}}},
+    "an unknown normalizer": {"normalizer": {"type": "Shout"}},
+    "a vocabulary that is a number": {"model": {"type": "BPE", "vocab": 7, "merges": []}},
+}
+
+
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_a_tokenizer_file_that_the_library_cannot_read_is_one_error_that_names_it(tmp_path: Path, change: dict[str, object]) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match="the tokenizer does not load") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused_before_any_row() -> None:
     with pytest.raises(DataError, match=r"no chat template[\s\S]*data.template=none"):
         check_template(byte_tokenizer(chat_template=None), "chat", None)
+
+
+def test_named_chat_templates_need_a_default_one(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"rag": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE}
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"none of them is the default[\s\S]*got: rag, tool_use"):
+        check_template(load_tokenizer(tmp_path), "chat", None)
+    tokenizer.chat_template["default"] = CHAT_TEMPLATE
+    check_template(tokenizer, "chat", None)
+    assert tokenizer.decode(byte_codec(tokenizer).encode_prompt("hi").tokens) == "<user>hi<assistant>"
 
 
 def test_a_system_message_without_a_template_is_a_contradiction() -> None:
@@ -39,21 +69,21 @@ def test_a_system_message_without_a_template_is_a_contradiction() -> None:
         check_template(byte_tokenizer(), "none", "be brief")
 
 
-def test_messages_without_a_template_are_refused() -> None:
-    with pytest.raises(TemplateError, match=r"data.template=chat"):
-        encode(byte_tokenizer(), [{"role": "user", "content": "q"}], template="none")
+FAULTS = {
+    "{{ messages[0].content + 1 }}": "the chat template fails on the messages: TypeError",
+    "{{ 1 // 0 }}": "the chat template fails on the messages: ZeroDivisionError",
+    "{{ messages[0].content.absent.more }}": "the chat template refuses the messages",
+    "{{ raise_exception('not today') }}": "the chat template refuses the messages: not today",
+    "{% for n in range(10 ** 9) %}{% endfor %}": "the chat template fails on the messages: OverflowError",
+}
 
 
-def test_the_template_writes_the_special_tokens_and_encoding_adds_none() -> None:
-    tokenizer = byte_tokenizer(chat_template="{{ bos_token }}{{ messages[0].content }}")
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
-    tokenizer._tokenizer.post_processor = _bos_processor(tokenizer.bos_token_id)
-    assert tokenizer.encode("q")[0] == tokenizer.bos_token_id  # it would add one by itself
-    assert encode(tokenizer, "q", template="chat").count(tokenizer.bos_token_id) == 1
-    assert encode(tokenizer, "q", template="none").count(tokenizer.bos_token_id) == 1
+@pytest.mark.parametrize(("template", "message"), FAULTS.items())
+def test_whatever_goes_wrong_inside_a_template_is_a_fault_of_the_row(template: str, message: str) -> None:
+    with pytest.raises(EncodeError, match=message):
+        byte_codec(byte_tokenizer(chat_template=template)).encode_prompt("q")
 
 
-def _bos_processor(bos_token_id: int):
-    from tokenizers.processors import TemplateProcessing
-
-    return TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos_token_id)])
+def test_a_template_that_does_not_parse_is_said_once_with_its_line() -> None:
+    with pytest.raises(DataError, match=r"line 2: the chat template does not parse"):
+        byte_codec(byte_tokenizer(chat_template="{{ messages }}\n{% if %}")).encode_prompt("q")

@@ -16,6 +16,7 @@ from megatron_rpp.observe.sinks import read
 VALUES = {
     "score/mean": 0.5,
     "response/tokens_mean": 123.44,
+    "response/truncated_frac": 0.0625,
     "mismatch/mean_abs": 1.5e-6,
     "policy/clip_frac_low": 0.01,
     "policy/clip_frac_high": 0.02,
@@ -30,8 +31,8 @@ class Terminal(io.StringIO):
 
 
 def test_a_row_stands_under_its_heading() -> None:
-    assert HEADING == "  step    score  held-out   length   mismatch  clip %       grad     tok/s   step s"
-    assert format_row(7, VALUES, TIMING) == "     7    0.500         -    123.4   1.50e-06    3.00       0.75    12,346      3.2"
+    assert HEADING == "  step    score  held-out   length   cut %   mismatch  clip %       grad     tok/s   step s"
+    assert format_row(7, VALUES, TIMING) == "     7    0.500         -    123.4     6.2   1.50e-06    3.00       0.75    12,346      3.2"
     assert len(format_row(7, VALUES, TIMING)) == len(HEADING)
 
 
