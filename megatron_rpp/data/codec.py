@@ -61,7 +61,6 @@ class Codec:
             lambda text: tokenizer.encode(text, add_special_tokens=False),
             vocab_size=vocab_size,
             more=cfg.rollout.stop_tokens,
-            default=tokenizer.eos_token,
         )
         found = (long_tokenizer_warning(len(tokenizer), vocab_size), missing_config_warning(hf, stop))
         warnings = tuple(warning for warning in found if warning is not None)

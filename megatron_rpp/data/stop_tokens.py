@@ -55,21 +55,18 @@ class StopTokens:
         return ", ".join(f"{token.id} {text_of(token.id)!r} ({', '.join(token.sources)})" for token in self.tokens)
 
 
-def read_stop_tokens(
-    hf_dir: Path, encode: Encode, *, vocab_size: int, more: Sequence[int | str] = (), default: str | None = None
-) -> StopTokens:
+def read_stop_tokens(hf_dir: Path, encode: Encode, *, vocab_size: int, more: Sequence[int | str] = ()) -> StopTokens:
     """The union of what the tokenizer's files, generation_config.json, config.json and `more` name.
 
     encode: the tokenizer's.
     vocab_size: rows of the model's embedding. A token that a file names without a row can never be sampled; it is left out.
     more: the setting rollout.stop_tokens, token ids or the texts of single tokens.
-    default: the end token of the tokenizer's class, for a tokenizer_config.json that names none.
     Raises: ConfigError for an entry of `more` that is no token of the model; DataError when nothing ends a response, or a
     file does not read.
     """
     found: dict[int, list[str]] = {}
     named: list[str] = []
-    for source, value in _named_tokens(hf_dir, default):
+    for source, value in _named_tokens(hf_dir):
         ids = encode(value) if isinstance(value, str) else (value,)
         named.append(f"{value!r} in {source}")
         if len(ids) == 1 and 0 <= ids[0] < vocab_size:
@@ -95,9 +92,9 @@ def missing_config_warning(hf_dir: Path, stop: StopTokens) -> str | None:
     return f"{hf_dir} has no {TOKENIZER_CONFIG}: the tokenizer names no end token, and responses end at {ends}"
 
 
-def _named_tokens(hf_dir: Path, default: str | None) -> Iterator[tuple[str, int | str]]:
+def _named_tokens(hf_dir: Path) -> Iterator[tuple[str, int | str]]:
     """(file, id or text) of every end token that the directory names."""
-    yield from _tokenizer_token(hf_dir, default)
+    yield from _tokenizer_token(hf_dir)
     for name in _MODEL_FILES:
         value = _read(hf_dir / name).get("eos_token_id")
         for token in value if isinstance(value, list) else [value]:
@@ -108,23 +105,21 @@ def _named_tokens(hf_dir: Path, default: str | None) -> Iterator[tuple[str, int 
                 yield name, token
 
 
-def _tokenizer_token(hf_dir: Path, default: str | None) -> Iterator[tuple[str, str]]:
-    """The end token of the tokenizer, from the first of its files that is there and names one.
+def _tokenizer_token(hf_dir: Path) -> Iterator[tuple[str, str]]:
+    """The end token of the tokenizer, from the first of its files that names one, or says that it has none.
 
-    Without these files the tokenizer's class would supply an end token of its own, which need not be the model's.
+    Where no file does, the tokenizer's class supplies an end token of its own, which need not be the model's: it is not
+    used.
     """
-    present = [name for name in _TOKENIZER_FILES if (hf_dir / name).is_file()]
-    for name in present:
+    for name in _TOKENIZER_FILES:
         raw = _read(hf_dir / name)
-        token = raw.get("eos_token")
+        if "eos_token" not in raw:
+            continue
+        token = raw["eos_token"]
         text = token.get("content") if isinstance(token, dict) else token  # AddedToken is written as an object
         if isinstance(text, str) and text:
             yield name, text
-            return
-        if "eos_token" in raw:
-            return  # null: this tokenizer has none
-    if present and default:
-        yield "the tokenizer's class", default
+        return
 
 
 def _single_token(value: int | str, encode: Encode, vocab_size: int) -> int:

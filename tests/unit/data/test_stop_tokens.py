@@ -135,12 +135,32 @@ def test_a_missing_tokenizer_config_does_not_change_the_end_token_in_silence(tmp
     assert Codec.open(settings(folder)).warnings == ()
     (folder / "chat_template.jinja").write_text(byte_tokenizer().chat_template)
     (folder / "tokenizer_config.json").unlink()
-    stop = read_stop_tokens(folder, lambda text: [END], vocab_size=ROWS, default="<|endoftext|>")
-    assert stop.ids == (TURN,)
+    assert read_stop_tokens(folder, lambda text: [END], vocab_size=ROWS).ids == (TURN,)
     for warnings in (Codec.open(settings(folder)).warnings, preview_tokenizer(settings(folder)).warnings):
         assert warnings == (
             f"{folder} has no tokenizer_config.json: the tokenizer names no end token, and responses end at 257 (config.json)",
         )
+
+
+@pytest.mark.parametrize("entry", [{}, {"eos_token": None}])
+def test_the_end_token_of_a_tokenizers_class_is_not_used(tmp_path: Path, entry: dict[str, None]) -> None:
+    """Qwen2Tokenizer has <|endoftext|> unless tokenizer_config.json says otherwise."""
+    folder = make_model(tmp_path, config=TURN)
+    made = byte_tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", "<turn>"]})
+    made.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    raw = json.loads(path.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    raw.pop("eos_token", None)
+    path.write_text(json.dumps(raw | entry))
+    assert Codec.open(settings(folder)).tokenizer.eos_token in ("<|endoftext|>", None)
+    assert stop_of(folder).ids == (TURN,)
+
+
+def test_the_older_file_of_special_tokens_counts_where_the_newer_names_none(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, config=TURN)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<pad>", "lstrip": False}}))
+    assert stop_of(folder).describe(str) == "258 '258' (special_tokens_map.json), 257 '257' (config.json)"
 
 
 def test_a_tokenizer_longer_than_the_model_is_one_warning_with_both_sizes(tmp_path: Path) -> None:
