@@ -28,9 +28,10 @@ from megatron_rpp.observe.rundir import RunDir, versions
 from megatron_rpp.resume import changed_settings, complete_steps, read_state, settings_digest, step_dir
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import describe
-from megatron_rpp.weights.hf_io import open_hf, read_json
+from megatron_rpp.weights.hf_io import has_weights, open_hf, read_json
 from megatron_rpp.weights.live import LiveWeights, live_weights
 from megatron_rpp.weights.load import fill
+from megatron_rpp.weights.tied_head import check_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,21 @@ def open_process(cfg: Config, command: Literal["train", "sft", "eval"]) -> Itera
         process = Process(cfg, world, groups, directory, log, step)
         process.together("write the run's settings", lambda: _write_settings(process), here=process.is_first)
         record_patches(process)
+        process.together("compare tied heads with embeddings", lambda: _check_tied_heads(cfg, command), here=process.is_first)
         yield process
+
+
+def _check_tied_heads(cfg: Config, command: Literal["train", "sft", "eval"]) -> None:
+    """Before an engine starts, by one rank for all: the tensors of a large model are too big for each rank to read them.
+
+    Raises: CheckpointError, ConfigError.
+    """
+    read = set() if cfg.model.megatron_checkpoint is not None else {cfg.model.hf}
+    if command == "train":
+        read |= {hf for hf in (cfg.model.ref, cfg.critic.hf) if hf is not None}
+    for hf in sorted(read):
+        if command != "eval" or has_weights(hf):  # an engine reads other formats as well
+            check_directory(hf)
 
 
 def step_to_resume(cfg: Config, directory: RunDir) -> int:

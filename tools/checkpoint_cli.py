@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_rpp.errors import CheckpointError, RppError
-from megatron_rpp.mcore.hf_config import HfModel, parse_hf_config
+from megatron_rpp.hf.model import HfModel, parse_model
 from megatron_rpp.mcore.weights_header import check_model
 from megatron_rpp.weights.convert import CARRIED, Options, Result
 from megatron_rpp.weights.families.registry import describe
@@ -29,7 +29,7 @@ def hf_model(folder: Path) -> HfModel:
     """The model of a directory's config.json, however its weights are stored. Raises: CheckpointError, ConfigError."""
     config = read_json(folder / "config.json")
     config.pop(KEY, None)
-    return parse_hf_config(config, where=str(folder / "config.json"))
+    return parse_model(config, where=str(folder / "config.json"))
 
 
 def open_saved(folder: Path, hf: Path | None) -> tuple[MegatronCheckpoint, Path]:
@@ -61,11 +61,12 @@ def options_of(arguments: argparse.Namespace) -> Options:
     return Options(dtype=dtype, overwrite=arguments.overwrite, shard_bytes=int(arguments.shard_gb * 1e9))
 
 
-def report(result: Result, out: Path, seconds: float) -> int:
-    """The last lines of a conversion, and its exit status."""
+def report(result: Result, out: Path, seconds: float, *, head: str) -> int:
+    """The last lines of a conversion, and its exit status. head: what became of the head, from `head_note`."""
     if result.resumed_files:
         print(f"went on after {result.resumed_files} finished of {result.files} files")
     print(f"{out}: {result.num_bytes} bytes of weights in {result.files} files, {seconds:.1f} s")
+    print(head)
     print(f"{result.tensors} tensors compared, all equal")
     return 0
 

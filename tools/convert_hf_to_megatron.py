@@ -22,6 +22,7 @@ from megatron_rpp.mcore.weights_header import weights_header
 from megatron_rpp.weights.convert import to_megatron, total_bytes
 from megatron_rpp.weights.families.registry import describe
 from megatron_rpp.weights.fp8_checkpoint import open_wide
+from megatron_rpp.weights.tied_head import head_note
 
 
 def main() -> int:
@@ -37,7 +38,8 @@ def main() -> int:
         options = options_of(arguments)
         with bar(total_bytes(source, model, options.dtype), "write", "compare") as tick:
             result = to_megatron(source, model, arguments.out, header=header, options=replace(options, tick=tick))
-    return report(result, arguments.out, time.monotonic() - started)
+        head = head_note(source.entries, model)
+    return report(result, arguments.out, time.monotonic() - started, head=head)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from checkpoint_cli import add_options, bar, open_saved, options_of, report, run
 
 from megatron_rpp.weights.convert import to_hf, written_bytes
+from megatron_rpp.weights.tied_head import head_note
 
 
 def main() -> int:
@@ -37,7 +38,7 @@ def main() -> int:
         options = replace(options_of(arguments), fp8=arguments.fp8)
         with bar(written_bytes(source, source.model, options), "write", "compare") as tick:
             result = to_hf(source, arguments.out, carried=carried, options=replace(options, tick=tick))
-    return report(result, arguments.out, time.monotonic() - started)
+    return report(result, arguments.out, time.monotonic() - started, head=head_note(source.entries, source.model))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from checkpoint_cli import bar, open_saved, run
 
@@ -23,8 +24,9 @@ from megatron_rpp.errors import CheckpointError
 from megatron_rpp.weights.compare import Source, compare
 from megatron_rpp.weights.convert import CARRIED, model_part
 from megatron_rpp.weights.families.registry import describe
-from megatron_rpp.weights.fp8_checkpoint import Quantised, fp8_part, open_wide, scales_of
+from megatron_rpp.weights.fp8_checkpoint import KEY, Quantised, fp8_part, open_wide, scales_of
 from megatron_rpp.weights.hf_io import open_hf, read_json
+from megatron_rpp.weights.tied_head import check_directory, head_note
 from megatron_rpp.weights.torch_dist import is_torch_dist
 
 
@@ -47,6 +49,8 @@ def main() -> int:
         for folder, value in zip(folders, (difference.left, difference.right), strict=True):
             print(f"  {folder}: {value}")
         return 1
+    for note in head_notes(folders, config, is_fp8=arguments.fp8):
+        print(note)
     print(f"{total} bytes, {time.monotonic() - started:.1f} s")
     print(f"{len(sides[0].entries)} tensors compared, all equal")
     return 0
@@ -69,7 +73,23 @@ def open_model(folder: Path, config: Path | None) -> Source:
     """The tensors of the model, wide."""
     if is_torch_dist(folder):
         return open_saved(folder, config)[0]
-    return model_part(open_wide(folder), describe(read_json((config or folder) / "config.json")))
+    return model_part(open_wide(folder), describe(wide_config(config or folder)))
+
+
+def head_notes(folders: Sequence[Path], config: Path | None, *, is_fp8: bool) -> list[str]:
+    """What became of the head of each HF directory; nothing where all tensors of two directories were compared, the head too."""
+    if config is None or not (is_fp8 or any(is_torch_dist(folder) for folder in folders)):
+        return []
+    model = describe(wide_config(config))
+    directories = [folder for folder in folders if not is_torch_dist(folder)]
+    return [f"{folder}: {head_note(open_hf(folder).entries, model)}" for folder in directories]
+
+
+def wide_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a directory, without how its weights are quantized."""
+    config = read_json(folder / "config.json")
+    config.pop(KEY, None)
+    return config
 
 
 def open_in_fp8(folders: Sequence[Path], config: Path | None) -> list[Source]:
@@ -80,13 +100,14 @@ def open_in_fp8(folders: Sequence[Path], config: Path | None) -> list[Source]:
         raise CheckpointError(
             "neither is in block FP8", where="--fp8", expected="a quantization_config in a config.json", fix="leave it out"
         )
-    shapes = describe(read_json(config / "config.json")).hf_shapes
+    shapes = describe(wide_config(config)).hf_shapes
     sides: list[Source] = []
     for folder, kind in zip(folders, kinds, strict=True):
         if kind is None:
             wide = open_model(folder, config)
             sides.append(Quantised(wide, shapes, {name: entry.dtype for name, entry in wide.entries.items()}, scales))
         else:
+            check_directory(folder)
             sides.append(fp8_part(open_hf(folder), shapes))
     return sides
 

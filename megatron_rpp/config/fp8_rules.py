@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_rpp.config.hf_shape import HfShape
 from megatron_rpp.config.problems import Problem
 from megatron_rpp.config.schema import Config
+from megatron_rpp.hf.model import HfModel
 from megatron_rpp.host import num_gpus
 
 BLOCK = 128
@@ -22,7 +22,7 @@ _OWNED = {
 }
 
 
-def fp8_problems(cfg: Config, hf: HfShape) -> Iterator[Problem]:
+def fp8_problems(cfg: Config, hf: HfModel) -> Iterator[Problem]:
     """Why an engine in FP8 cannot be, where rollout.dtype asks for one. Every size of the layout is 1 or more."""
     if cfg.rollout.dtype != "fp8_block":
         return
@@ -35,8 +35,8 @@ def fp8_problems(cfg: Config, hf: HfShape) -> Iterator[Problem]:
         yield Problem("rollout.dtype", f"{message}; set model, or run on a GPU (run.device: cuda)")
     if not is_cpu and cfg.model.dtype != "bfloat16":
         yield Problem("rollout.dtype", f"on a GPU SGLang's FP8 needs model.dtype bfloat16, got {cfg.model.dtype}")
-    if hf.hidden % BLOCK:
-        yield _never(hf, "hidden size", hf.hidden)
+    if hf.hidden_size % BLOCK:
+        yield _never(hf, "hidden size", hf.hidden_size)
     for what, size, parts in _cut(cfg, hf):
         if size % parts:
             continue  # other rules speak of that
@@ -47,12 +47,12 @@ def fp8_problems(cfg: Config, hf: HfShape) -> Iterator[Problem]:
             yield Problem("rollout.tp", f"{message}; choose a smaller tp, or a larger rollout.sglang.ep_size for experts")
 
 
-def _never(hf: HfShape, what: str, size: int) -> Problem:
+def _never(hf: HfModel, what: str, size: int) -> Problem:
     message = f"fp8_block needs multiples of {BLOCK}, the {what} of this {hf.model_type} is {size}"
     return Problem("rollout.dtype", f"{message}; set rollout.dtype: model")
 
 
-def _cut(cfg: Config, hf: HfShape) -> Iterator[tuple[str, int, int]]:
+def _cut(cfg: Config, hf: HfModel) -> Iterator[tuple[str, int, int]]:
     """Whatever an engine cuts: its name, its size in the model, and in how many equal parts."""
     tp, sglang = cfg.rollout.tp, cfg.rollout.sglang
     heads_tp = max(1, tp // int(sglang.get("attn_dp_size") or 1))
@@ -69,8 +69,8 @@ def _cut(cfg: Config, hf: HfShape) -> Iterator[tuple[str, int, int]]:
         if heads_tp > 1:
             yield "height of the queries", hf.num_heads * (latent.nope_dim + latent.rope_dim), heads_tp
             yield "height of keys and values", hf.num_heads * (latent.nope_dim + latent.value_dim), heads_tp
-    if hf.has_dense_layers:
-        yield "feed-forward width", hf.ffn, tp
+    if hf.dense_layers:
+        yield "feed-forward width", hf.ffn_hidden_size, tp
     if hf.experts is not None:
         yield "width of an expert", hf.experts.ffn, expert_tp
         if hf.experts.shared_ffn:

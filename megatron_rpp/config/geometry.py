@@ -5,10 +5,11 @@ Pure arithmetic on integers, with neither torch nor transformers, so that `rpp c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_rpp.config.hf_shape import HfShape
-from megatron_rpp.config.schema import Config
+from megatron_rpp.config.schema import Config, Scalar
+from megatron_rpp.hf.model import HfModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Geometry:
 
 
 # Settings of Megatron that split the layers in a way that its own arithmetic checks.
-UNEVEN_SPLITS = (
+_UNEVEN_SPLITS = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
     "account_for_embedding_in_pipeline_split",
@@ -38,8 +39,9 @@ UNEVEN_SPLITS = (
 )
 
 
-def has_even_layers(cfg: Config) -> bool:
-    return not any(cfg.model.megatron.get(name) for name in UNEVEN_SPLITS)
+def has_even_layers(megatron: Mapping[str, Scalar]) -> bool:
+    """Whether model.megatron leaves the layers in equal chunks."""
+    return not any(megatron.get(name) for name in _UNEVEN_SPLITS)
 
 
 def num_optimiser_steps(cfg: Config) -> int:
@@ -53,7 +55,7 @@ def num_ranks(cfg: Config) -> int:
     return cfg.parallel.tp * cfg.parallel.cp * cfg.parallel.dp * cfg.parallel.pp
 
 
-def derive(cfg: Config, hf: HfShape | None = None) -> Geometry:
+def derive(cfg: Config, hf: HfModel | None = None) -> Geometry:
     """The numbers that follow from settings which `validate` has accepted."""
     parallel, rollout, algo = cfg.parallel, cfg.rollout, cfg.algo
     ranks = num_ranks(cfg)
@@ -68,7 +70,7 @@ def derive(cfg: Config, hf: HfShape | None = None) -> Geometry:
         optimiser_steps=cfg.run.steps * algo.minibatches,
         responses_per_optimiser_step=(min(per_minibatch) * rollout.samples_per_prompt, max(per_minibatch) * rollout.samples_per_prompt),
         max_sequence_tokens=cfg.data.max_prompt_tokens + rollout.max_response_tokens,
-        layers_per_chunk=hf.num_layers // (parallel.pp * parallel.vpp) if hf is not None and has_even_layers(cfg) else None,
+        layers_per_chunk=hf.num_layers // (parallel.pp * parallel.vpp) if hf is not None and has_even_layers(cfg.model.megatron) else None,
         heads_per_rank=hf.num_heads // parallel.tp if hf is not None else None,
         experts_per_rank=hf.experts.num_experts // parallel.ep if hf is not None and hf.experts is not None else None,
     )

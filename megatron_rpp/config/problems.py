@@ -10,7 +10,12 @@ from megatron_rpp.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong. path: the dotted setting; where: file:line or `command line`, empty when nobody wrote it."""
+    """One thing wrong.
+
+    path: the dotted setting.
+    message: may have more than one line.
+    where: file:line or `command line`, empty when nobody wrote it.
+    """
 
     path: str
     message: str
@@ -23,5 +28,6 @@ def refuse(problems: Sequence[Problem], source: str, kind: type[ConfigError] = C
         return
     counted = "1 setting is wrong" if len(problems) == 1 else f"{len(problems)} settings are wrong"
     prefix = [f"{problem.where}  " if problem.where else "" for problem in problems]
-    lines = [f"  {where}{problem.path}: {problem.message}" for where, problem in zip(prefix, problems, strict=True)]
+    indented = [problem.message.replace("\n", "\n    ") for problem in problems]
+    lines = [f"  {where}{problem.path}: {message}" for where, problem, message in zip(prefix, problems, indented, strict=True)]
     raise kind("\n".join([counted, *lines]), where=source)

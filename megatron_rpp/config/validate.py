@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rpp.config.fp8_rules import fp8_problems
-from megatron_rpp.config.geometry import Geometry, derive, has_even_layers, num_optimiser_steps, num_ranks
-from megatron_rpp.config.hf_shape import HfShape, read_hf_shape
+from megatron_rpp.config.geometry import Geometry, derive, num_optimiser_steps, num_ranks
+from megatron_rpp.config.layout_rules import engine_problems, layout_problems, router_problems
 from megatron_rpp.config.options import option_problems
 from megatron_rpp.config.problems import Problem, refuse
-from megatron_rpp.config.schema import Config, Eval, Parallel
+from megatron_rpp.config.schema import Config, Eval
 from megatron_rpp.config.validate_algo import algo_problems, algo_warnings, effect_problems
 from megatron_rpp.errors import ConfigError, GeometryError
+from megatron_rpp.hf.model import HfModel, read_model
 from megatron_rpp.host import num_gpus
 
 
@@ -28,7 +29,7 @@ class Checked:
     """Settings that hold together: what follows from them, and what is allowed but worth a second look."""
 
     geometry: Geometry
-    hf: HfShape
+    hf: HfModel
     warnings: tuple[str, ...]
 
 
@@ -52,15 +53,19 @@ def validate(
     problems += [problem for problem in effect_problems(cfg) if not lines.get(problem.path, "").startswith("preset ")]
     problems += [*_inputs(cfg), *option_problems(cfg)]
     problems += _sft(cfg) if for_sft else ()
-    hf: HfShape | None = None
-    try:
-        hf = read_hf_shape(cfg.model.hf)
-    except ConfigError as error:
-        problems.append(Problem("model.hf", f"{error.what} ({error.where}); {error.fix or error.got}"))
+    models: dict[str, HfModel] = {}
+    for name, directory in _models(cfg, for_sft=for_sft):
+        try:
+            models[name] = read_model(directory)
+        except ConfigError as error:
+            problems.append(Problem(name, str(error)))
+    hf = models.get("model.hf")
     kind = ConfigError if problems else GeometryError
     if all(_get(cfg, name) >= 1 for name in _AT_LEAST_1):  # only then do the divisions below mean anything
         problems += [*_layout(cfg, world_size), *_engines(cfg), *_batches(cfg)]
-        problems += [*_model(cfg, hf), *fp8_problems(cfg, hf)] if hf is not None else []
+        problems += [problem for name, model in models.items() for problem in _model(cfg, name, model)]
+        problems += [*_lengths(cfg, hf), *fp8_problems(cfg, hf)] if hf is not None else []
+        problems += engine_problems(cfg, hf) if hf is not None and not for_sft else []
     refuse([Problem(problem.path, problem.message, lines.get(problem.path, "")) for problem in problems], source, kind)
     assert hf is not None
     return Checked(derive(cfg, hf), hf, tuple(_warnings(cfg)))
@@ -149,13 +154,9 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
             yield Problem(name, f"must be a .jsonl or .parquet file, got {path}")
         elif path is not None and not path.is_file():
             yield Problem(name, f"no such file: {path}")
-    if cfg.critic.hf is not None and not (cfg.critic.hf / "config.json").is_file():
-        yield Problem("critic.hf", f"no config.json in {cfg.critic.hf}")
     checkpoint = cfg.model.megatron_checkpoint
     if checkpoint is not None and not checkpoint.is_dir():
         yield Problem("model.megatron_checkpoint", f"no such directory: {checkpoint}")
-    if cfg.model.ref is not None and not (cfg.model.ref / "config.json").is_file():
-        yield Problem("model.ref", f"no config.json in {cfg.model.ref}")
 
 
 def _sft(cfg: Config) -> Iterator[Problem]:
@@ -198,20 +199,24 @@ def _batches(cfg: Config) -> Iterator[Problem]:
         yield Problem("algo.minibatches", f"{minibatches} minibatches cannot be cut from {prompts} prompts (rollout.prompts_per_step)")
 
 
-def _model(cfg: Config, hf: HfShape) -> Iterator[Problem]:
-    parallel = cfg.parallel
-    chunks = parallel.pp * parallel.vpp
-    if hf.num_layers % chunks and has_even_layers(cfg):
-        message = f"the {hf.num_layers} layers do not divide into pp {parallel.pp} x vpp {parallel.vpp} = {chunks} chunks"
-        yield Problem("parallel.pp", f"{message}; or split them with model.megatron.num_layers_in_first_pipeline_stage and ..._last_...")
-    for name, tp in (("parallel.tp", parallel.tp), ("rollout.tp", cfg.rollout.tp)):
-        if hf.num_heads % tp:
-            yield Problem(name, f"the {hf.num_heads} attention heads do not divide by {tp}")
-        if hf.num_kv_heads % tp and tp % hf.num_kv_heads:
-            yield Problem(name, f"must divide the {hf.num_kv_heads} key-value heads or be a multiple of them, got {tp}")
-        if hf.has_dense_layers and hf.ffn % tp:
-            yield Problem(name, f"the feed-forward width {hf.ffn} does not divide by {tp}")
-    yield from _experts(parallel, hf)
+def _models(cfg: Config, *, for_sft: bool) -> Iterator[tuple[str, Path]]:
+    """Every model that the command opens: the setting that names it, and its directory."""
+    yield "model.hf", cfg.model.hf
+    if for_sft:
+        return
+    if cfg.model.ref is not None and (cfg.algo.kl_reward_coef != 0 or cfg.algo.kl_loss_coef != 0):
+        yield "model.ref", cfg.model.ref
+    if cfg.critic.hf is not None and cfg.algo.estimator == "gae":
+        yield "critic.hf", cfg.critic.hf
+
+
+def _model(cfg: Config, name: str, hf: HfModel) -> Iterator[Problem]:
+    """What a model demands of the trainer's layout. name: the setting that names the model."""
+    for problem in (*layout_problems(hf, cfg.parallel, cfg.model.megatron), *router_problems(hf, cfg.model.megatron)):
+        yield problem if name == "model.hf" else Problem(problem.path, f"{name}: {problem.message}")
+
+
+def _lengths(cfg: Config, hf: HfModel) -> Iterator[Problem]:
     responses = {
         "rollout.max_response_tokens": cfg.rollout.max_response_tokens,
         "eval.max_response_tokens": cfg.eval.max_response_tokens,  # None: as long as those of the roll-out
@@ -221,27 +226,6 @@ def _model(cfg: Config, hf: HfShape) -> Iterator[Problem]:
         if tokens is not None and longest > hf.max_positions:
             message = f"{tokens} after data.max_prompt_tokens {cfg.data.max_prompt_tokens} makes {longest} tokens"
             yield Problem(name, f"{message}, the model has {hf.max_positions} positions")
-
-
-def _experts(parallel: Parallel, hf: HfShape) -> Iterator[Problem]:
-    """What experts and latent attention ask of the layout."""
-    share, ranks = parallel.ep * parallel.etp, parallel.tp * parallel.cp * parallel.dp
-    if hf.experts is None and share > 1:
-        name = "parallel.ep" if parallel.ep > 1 else "parallel.etp"
-        yield Problem(name, f"{hf.model_type} has no experts to spread, got ep {parallel.ep} x etp {parallel.etp}; set both to 1")
-    elif ranks % share:
-        message = f"ep {parallel.ep} x etp {parallel.etp} = {share} must divide the ranks of a stage"
-        yield Problem("parallel.ep", f"{message}, tp {parallel.tp} x cp {parallel.cp} x dp {parallel.dp} = {ranks}")
-    if hf.experts is not None:
-        if hf.experts.num_experts % parallel.ep:
-            yield Problem("parallel.ep", f"the {hf.experts.num_experts} experts do not divide by {parallel.ep}")
-        if hf.experts.ffn % parallel.etp:
-            yield Problem("parallel.etp", f"the width of an expert, {hf.experts.ffn}, does not divide by {parallel.etp}")
-        if hf.experts.shared_ffn % parallel.tp:
-            yield Problem("parallel.tp", f"the width of the shared expert, {hf.experts.shared_ffn}, does not divide by {parallel.tp}")
-    if parallel.tp > 1 and not parallel.sp and (hf.experts is not None or hf.latent is not None):
-        what = "experts" if hf.experts is not None else "latent attention"
-        yield Problem("parallel.sp", f"{what} with tp {parallel.tp} need sequence parallelism; set true")
 
 
 def _warnings(cfg: Config) -> Iterator[str]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rpp.config.hf_shape import read_hf_shape
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.stop_tokens import StopTokens, missing_config_warning, read_stop_tokens
 from megatron_rpp.data.template import EncodeError, Messages, Template, check_template, load_tokenizer, render
+from megatron_rpp.hf.model import read_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,7 +144,7 @@ def vocab_size_of(cfg: Config) -> int:
     models: set[Path] = {cfg.model.hf, cfg.model.ref or cfg.model.hf}
     if cfg.algo.estimator == "gae":
         models.add(cfg.critic.hf or cfg.model.hf)
-    return min(read_hf_shape(hf).vocab for hf in models)
+    return min(read_model(hf).vocab_size for hf in models)
 
 
 def long_tokenizer_warning(num_tokens: int, vocab_size: int) -> str | None:

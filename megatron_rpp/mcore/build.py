@@ -22,11 +22,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
+from megatron_rpp.config.layout_rules import check_fit, needs_group_choice
 from megatron_rpp.config.options import OWNED_MEGATRON
 from megatron_rpp.config.schema import Config, Scalar
 from megatron_rpp.errors import ConfigError
-from megatron_rpp.mcore.geometry import check_geometry
-from megatron_rpp.mcore.hf_config import HfModel
+from megatron_rpp.hf.model import HfModel
 from megatron_rpp.mcore.logp_model import LogpModel
 from megatron_rpp.mcore.rope import inv_freq
 from megatron_rpp.mcore.router import GroupChoice
@@ -43,7 +43,7 @@ def transformer_config(hf: HfModel, cfg: Config, device: torch.device) -> Transf
     Raises: GeometryError when layers or heads do not divide; ConfigError for an unknown or owned name in `model.megatron`, a
     value of the wrong type, or a combination that Megatron refuses.
     """
-    check_geometry(hf, cfg.parallel, cfg.model.megatron)
+    check_fit(hf, cfg.parallel, cfg.model.megatron)
     settings = {
         **shape_settings(hf),
         **_layout(cfg),
@@ -56,12 +56,6 @@ def transformer_config(hf: HfModel, cfg: Config, device: torch.device) -> Transf
         raise ConfigError(
             "Megatron refuses these settings", where="model.megatron", got=error, fix=f"given: {cfg.model.megatron or 'nothing'}"
         ) from error
-    if _needs_group_choice(hf, config) and (config.moe_router_fusion or config.moe_enable_routing_replay):
-        raise ConfigError(
-            "this model's groups of experts are chosen by code of ours, which this setting passes by",
-            where="model.megatron",
-            expected="moe_router_fusion: false and moe_enable_routing_replay: false",
-        )
     return config
 
 
@@ -133,16 +127,10 @@ def _finish_experts(hf: HfModel, config: TransformerConfig, chunk: GPTModel) -> 
             parameter.allreduce = False
             # Unmarked, the gradient norm takes the experts of tp ranks beyond the first for copies and leaves them out.
             parameter.tensor_model_parallel = True
-    if _needs_group_choice(hf, config):
+    if needs_group_choice(hf.router, hf.experts):
         for layer in chunk.decoder.layers:
             if isinstance(layer.mlp, MoELayer):
                 layer.mlp.router.router_replay = GroupChoice(hf.router.group_best)
-
-
-def _needs_group_choice(hf: HfModel, config: TransformerConfig) -> bool:
-    """Whether groups of experts are ranked otherwise than Megatron ranks them."""
-    router = hf.router
-    return router is not None and router.num_groups > 1 and router.group_best != config.moe_router_topk // router.groups_taken
 
 
 def _layout(cfg: Config) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_rpp.dist.collectives import DEFAULT_DEADLINE_S, barrier, broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import CheckpointError
-from megatron_rpp.mcore.hf_config import HfModel
+from megatron_rpp.hf.model import HfModel
 from megatron_rpp.mcore.optimizer import Optimizer
 
 FORMAT = 2

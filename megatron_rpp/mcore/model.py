@@ -19,7 +19,7 @@ from megatron_rpp.data.packing import select, split_minibatches, token_index
 from megatron_rpp.dist.collectives import gather_objects, sum_int64
 from megatron_rpp.dist.deadline import deadline
 from megatron_rpp.dist.groups import Groups
-from megatron_rpp.mcore.hf_config import HfModel, read_hf_config
+from megatron_rpp.hf.model import HfModel, read_model
 from megatron_rpp.mcore.sums import Sums, update_stats
 from megatron_rpp.types import PackedBatch, UpdateStats
 
@@ -73,7 +73,7 @@ class MegatronModel:
         from megatron_rpp.mcore.microbatch import Packing
         from megatron_rpp.mcore.optimizer import Optimizer, wrap_ddp
 
-        hf = read_hf_config(hf_dir or cfg.model.hf)
+        hf = read_model(hf_dir or cfg.model.hf)
         device = torch.device("cuda", torch.cuda.current_device()) if _uses_cuda(groups) else torch.device("cpu")
         config = transformer_config(hf, cfg, device)
         chunks = build_chunks(hf, config, cfg.parallel.vpp, device, end=cls.end)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.nn import functional
 
-from megatron_rpp.config.hf_shape import ExpertShape, LatentShape
-from megatron_rpp.mcore.hf_config import HfModel, Router
-from megatron_rpp.mcore.rope import Rope
+from megatron_rpp.hf.experts import ExpertShape, Router
+from megatron_rpp.hf.model import HfModel, LatentShape
+from megatron_rpp.hf.rope import Rope
 
 
 def shape_settings(hf: HfModel) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_rpp.errors import CheckpointError
-from megatron_rpp.mcore.hf_config import HfModel
+from megatron_rpp.hf.model import HfModel
 
 WEIGHTS_FORMAT = "weights 1"
 

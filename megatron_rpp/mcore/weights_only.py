@@ -13,8 +13,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_rpp.dist.collectives import DEFAULT_DEADLINE_S
 from megatron_rpp.dist.groups import Groups
+from megatron_rpp.hf.model import HfModel
 from megatron_rpp.mcore.checkpoint import check_files, chunk_names, reading
-from megatron_rpp.mcore.hf_config import HfModel
 from megatron_rpp.mcore.weights_header import check_model
 
 

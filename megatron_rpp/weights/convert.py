@@ -36,6 +36,7 @@ from megatron_rpp.weights.quantise import Scales
 from megatron_rpp.weights.raw_file import BLOCK_BYTES, payload, row_blocks
 from megatron_rpp.weights.rect import Rect, Shape
 from megatron_rpp.weights.safetensors_file import WIDE_DTYPES, make_header
+from megatron_rpp.weights.tied_head import HEAD, check_tied_head
 from megatron_rpp.weights.torch_dist import COMMON, KIND, LIST, Chunk, Stored, write_common, write_list
 from megatron_rpp.weights.unfinished import Unfinished, checksum
 
@@ -175,9 +176,10 @@ def written_bytes(source: Source, model: Model, options: Options) -> int:
 def model_part(source: HFCheckpoint, model: Model) -> Source:
     """Of an HF directory the tensors of the model; others that nobody reads may lie beside them, but no unknown ones.
 
-    Raises: as `HFCheckpoint.check`.
+    Raises: as `HFCheckpoint.check`; CheckpointError for a tied model with a head of its own.
     """
-    source.check(model.hf_shapes, (*model.ignored, *(("lm_head.weight",) if model.dims.is_tied else ())))
+    source.check(model.hf_shapes, (*model.ignored, *((HEAD,) if model.dims.is_tied else ())))
+    check_tied_head(source, model)
     return Part({name: source.entries[name] for name in model.hf_shapes}, source.read)
 
 

@@ -103,6 +103,11 @@ def open_hf(folder: Path | str) -> HFCheckpoint:
     return HFCheckpoint(folder, config, entries)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a directory has safetensors: one file, or an index of several."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises: CheckpointError naming the file."""
     try:

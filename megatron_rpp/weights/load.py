@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_rpp.weights.hf_io import HFCheckpoint
 from megatron_rpp.weights.live import LiveWeights
 from megatron_rpp.weights.rect import Local, view
+from megatron_rpp.weights.tied_head import HEAD
 
 
 def fill(live: LiveWeights, checkpoint: HFCheckpoint) -> None:
@@ -19,9 +20,9 @@ def fill(live: LiveWeights, checkpoint: HFCheckpoint) -> None:
     Raises: CheckpointError when the directory does not hold exactly the model's tensors in its shapes.
     """
     model = live.layout.model
-    # A tied model may come with a head that HF ignores, and so do we; a critic leaves out any.
+    # The head of a tied model equals the embedding, as tied_head.check_directory made sure; a critic leaves out any.
     is_ignored = model.dims.is_tied or model.head is None
-    checkpoint.check(model.hf_shapes, (*model.ignored, *(("lm_head.weight",) if is_ignored else ())))
+    checkpoint.check(model.hf_shapes, (*model.ignored, *((HEAD,) if is_ignored else ())))
     fill_locals(live.locals, live.tensors, checkpoint)
 
 

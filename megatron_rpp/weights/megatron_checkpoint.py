@@ -20,6 +20,7 @@ from megatron_rpp.weights.rect import Rect, Shape, as_matrix
 from megatron_rpp.weights.torch_dist import Chunk, Stored, first_element, read_list
 
 # What Megatron keeps under keys of its own beside the model's weights.
+HEAD_KEY = "output_layer.weight"
 _NO_WEIGHTS = ("optimizer.", "chained_", "rng_state")
 
 
@@ -145,9 +146,14 @@ def open_megatron(folder: Path | str, model: Model) -> MegatronCheckpoint:
     keys = {place.key for place in wanted}
     if missing := sorted(keys - weights):
         fix = "give the config.json of the model that was saved"
+        if missing == [HEAD_KEY]:
+            fix = f'{fix}; if the embedding is its head, set "tie_word_embeddings": true'
         raise CheckpointError("missing tensors", where=str(folder), expected=_some(missing), fix=fix)
     if extra := sorted(weights - keys):
-        raise CheckpointError("tensors that the model has no place for", where=str(folder), got=_some(extra))
+        fix = None
+        if extra == [HEAD_KEY]:
+            fix = 'config.json ties the head to the embedding; to keep this head, set "tie_word_embeddings": false'
+        raise CheckpointError("tensors that the model has no place for", where=str(folder), got=_some(extra), fix=fix)
     for place in wanted:
         _check_shape(folder, place, stored[place.key].shape)
     return MegatronCheckpoint(folder, model, stored, wanted)

@@ -11,7 +11,7 @@ from tests.guards.source import PACKAGE, ROOT, imports, name_of, python_files, t
 # A module imports strictly lower layers only; modules of one layer do not import each other.
 LAYERS = (
     ("errors", "host", "signals", "types", "version"),
-    ("config",),
+    ("config", "hf"),
     ("algo", "data", "dist", "reward", "stats"),
     ("mcore", "rollout", "weights"),
     ("delivery", "engine_dir"),
@@ -22,7 +22,8 @@ LAYERS = (
     ("train",),
     ("__main__",),
 )
-SIBLINGS = {("stats", "dist")}  # exact statistics are sums over a process group
+# Exact statistics are sums over a process group. Settings are checked against the model that they name.
+SIBLINGS = {("stats", "dist"), ("config", "hf")}
 
 STORE = "megatron_rpp/rollout/queue"  # a store that leaders share; no process group
 APPLY_PATCHES = ("megatron_rpp/mcore/init", "megatron_rpp/rollout/worker", "megatron_rpp/process")
@@ -45,7 +46,7 @@ FENCE = {
     "wandb": (),
 }
 # Parts that answer at once, or run where torch must not be: they never import it while they themselves are imported.
-WITHOUT_TORCH = ("config/", "reward/", "observe/", "dist/world.py", "dist/hostlist.py", "data/tokenizer_file.py")
+WITHOUT_TORCH = ("config/", "hf/", "reward/", "observe/", "dist/world.py", "dist/hostlist.py", "data/tokenizer_file.py")
 WITHOUT_TORCH += ("__main__.py", "doctor.py", "errors.py", "host.py", "launch.py", "signals.py", "version.py")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_rpp.errors import ConfigError, GeometryError, RppError
-from megatron_rpp.mcore.hf_config import parse_hf_config, read_hf_config
+from megatron_rpp.hf.model import parse_model, read_model
 from megatron_rpp.mcore.rope import inv_freq
 from tests.dist.ranks import run_ranks
 from tests.mcore import tiny
@@ -31,7 +31,7 @@ LLAMA: dict[str, Any] = dict(
 
 
 def parse(**changes: Any):
-    return parse_hf_config({**LLAMA, **changes}, where="config.json")
+    return parse_model({**LLAMA, **changes}, where="config.json")
 
 
 def test_sizes_and_their_defaults_are_read() -> None:
@@ -56,8 +56,8 @@ def test_sizes_and_their_defaults_are_read() -> None:
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), ["rope_scaling", "yarn", "llama3"]),
         (dict(partial_rotary_factor=0.5), ["partial"]),
         (dict(quantization_config=dict(bits=4)), ["quantization_config"]),
-        (dict(rms_norm_eps="tiny"), ["config.json", "wrong kind", "tiny"]),
-        (dict(num_hidden_layers=[4]), ["config.json", "wrong kind", "list"]),
+        (dict(rms_norm_eps="tiny"), ["config.json: rms_norm_eps", "not a number", "tiny"]),
+        (dict(num_hidden_layers=[4]), ["config.json: num_hidden_layers", "not a size", "[4]"]),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(changes: dict[str, Any], words: list[str]) -> None:
@@ -68,12 +68,12 @@ def test_what_would_be_computed_wrongly_is_refused(changes: dict[str, Any], word
 
 def test_a_missing_entry_and_a_missing_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="vocab_size"):
-        parse_hf_config({name: value for name, value in LLAMA.items() if name != "vocab_size"}, where="config.json")
+        parse_model({name: value for name, value in LLAMA.items() if name != "vocab_size"}, where="config.json")
     with pytest.raises(ConfigError, match=r"config\.json"):
-        read_hf_config(tmp_path)
+        read_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json"):
-        read_hf_config(tmp_path)
+        read_model(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def _refusals(rank: int, hf: Path) -> dict[str, tuple[str, str]]:
     from megatron_rpp.mcore.build import transformer_config
     from tests.mcore.test_sparse_config import parse as parse_sparse
 
-    model = read_hf_config(hf)
+    model = read_model(hf)
     said = {}
     for name, case in cases.items():
         shape = replace(model, num_heads=12, num_kv_heads=3) if name == "kv heads" else model
@@ -132,7 +132,7 @@ def _accepted(hf: Path) -> dict[str, Any]:
     from megatron_rpp.mcore.build import padded_vocab_size, transformer_config
 
     given = dict(recompute_granularity="selective", recompute_modules="core_attn, mlp", attention_backend="unfused", hidden_dropout=0)
-    config = transformer_config(read_hf_config(hf), tiny.make_config(hf, megatron=given, tp=2), torch.device("cpu"))
+    config = transformer_config(read_model(hf), tiny.make_config(hf, megatron=given, tp=2), torch.device("cpu"))
     return {
         "modules": config.recompute_modules,
         "backend": config.attention_backend.name,
@@ -147,7 +147,7 @@ def _accepted(hf: Path) -> dict[str, Any]:
 def _virtual_stages(hf: Path):
     from megatron_rpp.mcore.build import transformer_config
 
-    return transformer_config(read_hf_config(hf), tiny.make_config(hf, pp=2, vpp=2), torch.device("cpu"))
+    return transformer_config(read_model(hf), tiny.make_config(hf, pp=2, vpp=2), torch.device("cpu"))
 
 
 def _settings(rank: int, hf: Path) -> tuple[dict[str, tuple[str, str]], dict[str, Any]]:
@@ -173,7 +173,7 @@ def test_bad_settings_are_refused_with_their_name_and_a_way_out(settings) -> Non
         "kv heads": ("GeometryError", "parallel.tp", "3 key-value heads"),
         "layers": ("GeometryError", "parallel.pp", "4 layers", "num_layers_in_first_pipeline_stage"),
         "virtual": ("GeometryError", "pp 2 x vpp 4 = 8"),
-        "groups": ("ConfigError", "groups of experts", "moe_enable_routing_replay: false"),
+        "groups": ("ConfigError", "model.megatron.moe_enable_routing_replay: must be false", "experts by groups"),
     }.items():
         assert said[name][0] == kind, (name, said[name])
         assert all(word in said[name][1] for word in words), (name, said[name])

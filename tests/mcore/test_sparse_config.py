@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rpp.config.hf_shape import LatentShape
+from megatron_rpp.config.layout_rules import check_fit
 from megatron_rpp.config.schema import Parallel
 from megatron_rpp.errors import ConfigError, GeometryError
-from megatron_rpp.mcore.geometry import check_geometry
-from megatron_rpp.mcore.hf_config import Router, parse_hf_config
+from megatron_rpp.hf.experts import Router
+from megatron_rpp.hf.model import LatentShape, parse_model
 from megatron_rpp.mcore.router import GroupChoice
 from megatron_rpp.mcore.shape import shape_settings
 from tests.mcore import sparse
@@ -26,7 +26,7 @@ def raw(kind: str, **changes: Any) -> dict[str, Any]:
 
 
 def parse(kind: str, **changes: Any):
-    return parse_hf_config(raw(kind, **changes), where="config.json")
+    return parse_model(raw(kind, **changes), where="config.json")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_latent_attention_and_yarn_are_read() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("qwen2_moe", dict(qkv_bias=False), ["qkv_bias", "True"]),
+        ("qwen2_moe", dict(qkv_bias=False), ["qkv_bias", "true"]),
         ("qwen3_moe", dict(attention_bias=True), ["attention_bias"]),
         ("qwen3_moe", dict(num_experts_per_tok=9), ["num_experts_per_tok", "1 to 8"]),
         ("qwen3_moe", dict(moe_intermediate_size=...), ["moe_intermediate_size", "missing"]),
@@ -90,8 +90,13 @@ def test_latent_attention_and_yarn_are_read() -> None:
         ("deepseek_v3", dict(rope_parameters={**sparse.YARN, "rope_type": "llama3"}), ["llama3", "yarn"]),
         ("deepseek_v2", dict(norm_topk_prob=True), ["norm_topk_prob"]),
         ("deepseek_v2", dict(topk_method="random"), ["topk_method", "random"]),
+        ("deepseek_v2", dict(topk_method="noaux_tc"), ["topk_method", "noaux_tc"]),  # its class in transformers has no such bias
         ("qwen3_moe", dict(rope_scaling=dict(rope_type="yarn", factor=4.0), rope_parameters=None), ["yarn"]),
-        ("deepseek_v3", dict(rope_scaling=sparse.YARN, rope_parameters=dict(rope_type="default")), ["says twice", "yarn", "default"]),
+        (
+            "deepseek_v3",
+            dict(rope_scaling=sparse.YARN, rope_parameters=dict(rope_type="default")),
+            ["contradict each other", "yarn", "default"],
+        ),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(kind: str, changes: dict[str, Any], words: list[str]) -> None:
@@ -104,18 +109,18 @@ def test_what_would_be_computed_wrongly_is_refused(kind: str, changes: dict[str,
     ("kind", "changes", "sizes", "words"),
     [
         ("qwen3_moe", dict(mlp_only_layers=[0, 1, 2, 3]), dict(ep=2), ["parallel.ep", "no experts", "ep 2 x etp 1"]),
-        ("qwen3_moe", {}, dict(ep=3), ["parallel.ep", "8 experts"]),
-        ("qwen3_moe", {}, dict(etp=3), ["parallel.etp", "32 rows of an expert"]),
-        ("qwen2_moe", dict(shared_expert_intermediate_size=50), dict(tp=4), ["parallel.tp", "50 rows of the shared expert"]),
+        ("qwen3_moe", {}, dict(ep=3, dp=3), ["parallel.ep", "8 experts"]),
+        ("qwen3_moe", {}, dict(etp=3, dp=3), ["parallel.etp", "the width of an expert, 32,"]),
+        ("qwen2_moe", dict(shared_expert_intermediate_size=50), dict(tp=4), ["parallel.tp", "the width of the shared expert, 50,"]),
         ("mixtral", {}, dict(tp=2, sp=False), ["parallel.sp", "experts"]),
         ("deepseek_v3", dict(first_k_dense_replace=4), dict(tp=2, sp=False), ["parallel.sp", "latent attention"]),
     ],
 )
 def test_layouts_that_experts_do_not_fit_are_refused(kind: str, changes: dict[str, Any], sizes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(GeometryError) as error:
-        check_geometry(parse(kind, **changes), Parallel(**sizes), {})
+        check_fit(parse(kind, **changes), Parallel(**sizes), {})
     assert all(word in str(error.value) for word in words)
-    check_geometry(parse("qwen3_moe", intermediate_size=97, mlp_only_layers=[]), Parallel(tp=2, ep=2), {})  # no layer has that width
+    check_fit(parse("qwen3_moe", intermediate_size=97, mlp_only_layers=[]), Parallel(tp=2, ep=2), {})  # no layer has that width
 
 
 @pytest.mark.parametrize("best", [1, 2, 3])

@@ -25,7 +25,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import CheckpointError
-from megatron_rpp.mcore.hf_config import read_hf_config
+from megatron_rpp.hf.model import read_model
 from megatron_rpp.mcore.weights_header import weights_header
 from megatron_rpp.observe.log import RunLog
 from megatron_rpp.observe.rundir import RunDir
@@ -86,7 +86,7 @@ def converted(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
             assert done.stdout.endswith("tensors compared, all equal\n")
         else:  # the same without a process of its own
             with open_hf(hf) as source:
-                to_megatron(source, describe(source.config), root / kind, header=weights_header(read_hf_config(hf)))
+                to_megatron(source, describe(source.config), root / kind, header=weights_header(read_model(hf)))
     return root
 
 

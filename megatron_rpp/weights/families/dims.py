@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rpp.errors import ConfigError, GeometryError
+from megatron_rpp.hf.model import with_defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Dims:
 
         Raises: ConfigError naming a key that is missing or is no positive whole number; GeometryError for head counts.
         """
+        config = with_defaults(config)
         heads = size(config, "num_attention_heads")
         dims = cls(
             layers=size(config, "num_hidden_layers"),

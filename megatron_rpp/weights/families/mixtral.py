@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_rpp.hf.engine import engine_limit
 from megatron_rpp.weights.families import llama
 from megatron_rpp.weights.families.blocks import experts, replicated, whole
 from megatron_rpp.weights.families.dims import Dims
 from megatron_rpp.weights.families.parameter import Model, Parameter
-from megatron_rpp.weights.families.qwen3_moe import engine_limit
 
 
 def describe(config: Mapping[str, Any]) -> Model:
     """The model that config.json stands for. Raises: what Dims.from_hf raises."""
     dims = Dims.from_hf(config, experts="num_local_experts", expert_ffn="intermediate_size")
-    return llama.decoder(dims, layer, not_in_engine=engine_limit(dims))
+    return llama.decoder(dims, layer, not_in_engine=engine_limit("mixtral", is_tied=dims.is_tied, dense_layers=()))
 
 
 def layer(dims: Dims, n: int) -> tuple[Parameter, ...]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_rpp.hf.engine import engine_limit
 from megatron_rpp.weights.families import llama, qwen2
 from megatron_rpp.weights.families.blocks import gated_mlp, replicated
 from megatron_rpp.weights.families.dims import Dims, size
 from megatron_rpp.weights.families.parameter import Model, Parameter
-from megatron_rpp.weights.families.qwen3_moe import dense_layers, engine_limit, moe
+from megatron_rpp.weights.families.qwen3_moe import dense_layers, moe
 
 
 def describe(config: Mapping[str, Any]) -> Model:
@@ -21,7 +22,8 @@ def describe(config: Mapping[str, Any]) -> Model:
         sparse = () if n in dense else (*moe(dims, n), *shared_expert(dims, n, shared))
         return (*qwen2.attention(dims, n), *(sparse or llama.mlp(dims, n)))
 
-    return llama.decoder(dims, layer, has_attention_dp=True, not_in_engine=engine_limit(dims, dense))
+    limit = engine_limit("qwen2_moe", is_tied=dims.is_tied, dense_layers=dense)
+    return llama.decoder(dims, layer, has_attention_dp=True, not_in_engine=limit)
 
 
 def shared_expert(dims: Dims, n: int, ffn: int) -> tuple[Parameter, ...]:

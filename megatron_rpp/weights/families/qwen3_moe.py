@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_rpp.hf.engine import engine_limit
 from megatron_rpp.weights.families import llama, qwen3
 from megatron_rpp.weights.families.blocks import experts, replicated, whole
 from megatron_rpp.weights.families.dims import Dims, refuse
@@ -21,20 +22,14 @@ def describe(config: Mapping[str, Any]) -> Model:
     def layer(dims: Dims, n: int) -> tuple[Parameter, ...]:
         return (*qwen3.attention(dims, n), *(llama.mlp(dims, n) if n in dense else moe(dims, n)))
 
-    return llama.decoder(dims, layer, has_attention_dp=True, not_in_engine=engine_limit(dims, dense))
+    limit = engine_limit("qwen3_moe", is_tied=dims.is_tied, dense_layers=dense)
+    return llama.decoder(dims, layer, has_attention_dp=True, not_in_engine=limit)
 
 
 def dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
     """Layers without experts: those listed, and those that the step leaves out."""
     listed, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step") or 1
     return frozenset(n for n in range(layers) if n in listed or (n + 1) % step)
-
-
-def engine_limit(dims: Dims, dense: frozenset[int] = frozenset()) -> str | None:
-    """Why SGLang cannot run a model of this kind: its classes put experts into every layer and keep a head of their own."""
-    if dims.is_tied:
-        return "SGLang's class never ties the head to the embedding, as the model does, and would sample from random numbers"
-    return f"SGLang's class has experts in every layer, the model not in {sorted(dense)}" if dense else None
 
 
 def moe(dims: Dims, n: int) -> tuple[Parameter, ...]:

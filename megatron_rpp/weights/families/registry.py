@@ -30,7 +30,7 @@ def describe(config: Mapping[str, Any]) -> Model:
     """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        fix = "add a module under weights/families and an entry in FAMILIES, or call register()"
+        fix = "a new family needs an entry in hf/model.py, and a module and an entry in weights/families"
         raise ConfigError("unknown model_type", where="config.json", expected=sorted(FAMILIES), got=model_type, fix=fix)
     if config.get("quantization_config"):
         method = config["quantization_config"]

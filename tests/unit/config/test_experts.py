@@ -8,25 +8,28 @@ from typing import Any
 
 import pytest
 
-from megatron_rpp.config.hf_shape import read_hf_shape
 from megatron_rpp.config.load import load
 from megatron_rpp.config.validate import validate
 from megatron_rpp.errors import ConfigError, GeometryError
+from megatron_rpp.hf.model import read_model
 from tests.unit.config.conftest import QWEN
 
+ROUTER = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
 QWEN3_MOE = {
-    **QWEN, "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 36, "intermediate_size": 130,
+    **QWEN, "tie_word_embeddings": False,
+    "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 36, "intermediate_size": 130,
 }  # fmt: skip
 DEEPSEEK = {
-    **QWEN, "model_type": "deepseek_v3", "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 36,
+    **QWEN, "tie_word_embeddings": False,
+    "model_type": "deepseek_v3", "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 36,
     "first_k_dense_replace": 4, "n_shared_experts": 1, "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, **ROUTER,
 }  # fmt: skip
 
 
 def count(tmp_path: Path, config: dict[str, Any]) -> int:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    return read_hf_shape(tmp_path).num_parameters
+    return read_model(tmp_path).num_parameters
 
 
 def test_the_parameter_count_is_that_of_real_models(tmp_path: Path) -> None:
@@ -40,7 +43,7 @@ def test_the_parameter_count_is_that_of_real_models(tmp_path: Path) -> None:
         "model_type": "deepseek_v3", "num_hidden_layers": 61, "hidden_size": 7168, "intermediate_size": 18432, "num_attention_heads": 128,
         "vocab_size": 129280, "max_position_embeddings": 163840, "n_routed_experts": 256, "n_shared_experts": 1,
         "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "q_lora_rank": 1536, "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, **ROUTER,
     }  # fmt: skip
     assert count(tmp_path, qwen) == 235_093_634_560
     assert count(tmp_path, deepseek) == 671_026_404_352
@@ -49,7 +52,7 @@ def test_the_parameter_count_is_that_of_real_models(tmp_path: Path) -> None:
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 LATENT = {
     "n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "kv_lora_rank": 32,
-    "qk_rope_head_dim": 8, "v_head_dim": 12, "qk_nope_head_dim": 16, "n_shared_experts": 2,
+    "qk_rope_head_dim": 8, "v_head_dim": 12, "qk_nope_head_dim": 16, "n_shared_experts": 2, **ROUTER,
 }  # fmt: skip
 
 

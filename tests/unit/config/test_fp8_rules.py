@@ -15,9 +15,16 @@ from megatron_rpp.errors import ConfigError
 from tests.unit.config.conftest import QWEN, Write
 
 DENSE = QWEN | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
-MOE = DENSE | {"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+MOE = DENSE | {
+    "model_type": "qwen2_moe",
+    "tie_word_embeddings": False,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+}
 MOE |= {"shared_expert_intermediate_size": 512}
 DEEPSEEK = MOE | {"model_type": "deepseek_v3", "n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1}
+DEEPSEEK |= {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
 DEEPSEEK |= {"q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
 FP8, TWO, CUDA = "rollout.dtype=fp8_block", ("parallel.dp=2", "rollout.tp=2"), ("run.device=cuda", "model.dtype=bfloat16")
 GQA = "height of the keys and of the values"
