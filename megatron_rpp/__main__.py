@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_rpp.config.correction import describe
 from megatron_rpp.config.geometry import num_ranks
 from megatron_rpp.config.load import load_with_lines
 from megatron_rpp.config.presets import PRESETS
@@ -178,6 +179,9 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     print(f"  {'model':30} {checked.hf.model_type}, {checked.hf.num_parameters:,} parameters, {cfg.model.dtype}")
     print(f"  {'roll-out':30} {_ROLLOUT_DTYPES[cfg.rollout.dtype].format(cfg.model.dtype)}")
     print(f"  {'stop tokens':30} {tokenizer.stop_tokens}")
+    print(f"  {'correction':30} {describe(cfg.correction)}")
+    if cfg.algo.estimator == "gae":
+        print(f"  {'gae lambda':30} {_lambdas(cfg)}")
     for line in _preset_lines(cfg):
         print(f"  {line}")
     known = {name.replace("_", " "): value for name, value in asdict(checked.geometry).items() if value is not None}
@@ -185,6 +189,15 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"  {name:30} {' to '.join(map(str, value)) if isinstance(value, tuple) else value}")
     _print_warnings((*checked.warnings, *tokenizer.warnings))
     return 0
+
+
+def _lambdas(cfg: Config) -> str:
+    """The policy's lambda and that of the critic's targets."""
+    algo, critic = cfg.algo, cfg.critic.gae_lambda
+    policy = str(algo.gae_lambda)
+    if algo.gae_length_alpha is not None:
+        policy = f"1 - 1 / ({algo.gae_length_alpha} * tokens of the response)"
+    return f"policy {policy}, critic {algo.gae_lambda if critic is None else critic}"
 
 
 def _preset_lines(cfg: Config) -> Iterator[str]:

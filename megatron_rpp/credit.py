@@ -24,7 +24,7 @@ from megatron_rpp.data.packing import assign_ranks
 from megatron_rpp.dist.collectives import all_gather, gather_objects, sum_float64
 from megatron_rpp.dist.float8 import gathers_float8
 from megatron_rpp.dist.groups import Groups
-from megatron_rpp.stats.moments import distributed_moments, whiten
+from megatron_rpp.stats.moments import distributed_mean, distributed_moments, whiten
 from megatron_rpp.types import Group, PackedBatch, Response
 
 
@@ -80,14 +80,18 @@ class Credit:
         kept_T = shaping.drop_truncated(batch).mask_T if algo.filter_truncated else batch.mask_T
         normaliser = partial(self._normaliser, num_domains=len({group.prompt.domain for group in groups_P}))
         adv_T, stats = compute_advantages(batch, algo, scores=scores, normaliser=normaliser, kept_T=kept_T)
-        return_T = critic_returns(batch, algo) if algo.estimator == "gae" else None
+        return_T = critic_returns(batch, algo, self._cfg.critic.gae_lambda) if algo.estimator == "gae" else None
         metrics = self._metrics(stats, corrected)
         if algo.kl_reward_coef != 0.0:
             metrics["adv/kl_reward"] = self._mean(kl_per_token(batch, algo.kl_reward), batch.mask_T)
         # What the correction leaves out of the loss was sampled all the same, and counts above.
         batch = replace(batch, mask_T=kept_T & corrected.mask_T)
-        if self._cfg.correction.kind != "none":
-            batch = replace(batch, weight_T=corrected.weight_T.float())
+        if self._cfg.correction.is_on:
+            weight_T = corrected.weight_T
+            if self._cfg.correction.weight_normalize:
+                metrics["correction/normalizer"] = mean = self._mean_weight(weight_T, kept_T & corrected.kept_T)
+                weight_T = correction.normalized(weight_T, mean)
+            batch = replace(batch, weight_T=weight_T.float())
         return Credited(batch, adv_T, return_T, metrics)
 
     def _scores(self, batch: PackedBatch, groups_P: Sequence[Group], algo: Algo) -> Scores:
@@ -128,12 +132,16 @@ class Credit:
         """Over the masked tokens of all ranks, the same bits however they are split: a KL coefficient may follow it."""
         return distributed_moments(x_T, mask_T, self._groups.dp, name="KL of all ranks", deadline_s=self._deadline_s).mean
 
+    def _mean_weight(self, weight_T: Tensor, kept_T: Tensor) -> float:
+        """Over the tokens that the loss sees with a weight; 1 where there is none."""
+        return distributed_mean(weight_T, kept_T, self._groups.dp, empty=1.0, name="weights of all ranks", deadline_s=self._deadline_s)
+
     def _metrics(self, stats: AdvantageStats, corrected: correction.Corrected) -> dict[str, float]:
         group, wait = self._groups.dp, {"deadline_s": self._deadline_s}
         summary = credit_stats.summarise(all_gather(stats.share, group, name="advantages of all ranks", **wait))
         seen = {name: value for name, value in asdict(stats).items() if name != "share"}
         found = {f"adv/{name}": float(value) for name, value in (seen | asdict(summary)).items()}
-        if self._cfg.correction.kind != "none":
+        if self._cfg.correction.is_on:
             weights = correction.summarise(sum_float64(corrected.sums, group, name="correction of all ranks", **wait))
             found |= {f"correction/{name}": value for name, value in asdict(weights).items()}
         return found

@@ -50,14 +50,21 @@ def length_lambda(length_S: Tensor, alpha: float) -> Tensor:
     return (1.0 - 1.0 / (alpha * length_S.double())).clamp(min=0.0)
 
 
-def critic_returns(batch: PackedBatch, algo: Algo) -> Tensor:
-    """What the critic's values should become: the returns of `gae`, with lambda 1 where the policy's follows the length.
+def critic_returns(batch: PackedBatch, algo: Algo, lam: float | None = None) -> Tensor:
+    """What the critic's values should become: the returns of `gae` with the critic's own lambda.
 
+    return[t] = value[t] + sum_l (gamma * lam)^l * delta[t + l]
+    With lam 1 this is the discounted sum of the rewards: the values cancel.
+
+    lam: critic.gae_lambda; None takes algo.gae_lambda, or 1 where algo.gae_length_alpha is set, which is the policy's alone.
     Shapes: -> [T] float64, 0 outside mask_T
     Raises: ValueError when the batch lacks value_T, or the log-probabilities that a KL penalty needs.
-    Source: arXiv 1506.02438; lambda 1 for the critic alone: VAPO arXiv 2504.05118 section 4.1.
+    Source: decoupled GAE, VC-PPO arXiv 2503.01491 and VAPO arXiv 2504.05118 section 4.1: lambda 1 for the critic, less for
+    the policy.
     """
-    return credit(batch, algo, lam=algo.gae_lambda if algo.gae_length_alpha is None else 1.0)[1]
+    if lam is None:
+        lam = algo.gae_lambda if algo.gae_length_alpha is None else 1.0
+    return credit(batch, algo, lam=lam)[1]
 
 
 def credit(batch: PackedBatch, algo: Algo, *, lam: float | Tensor | None = None) -> tuple[Tensor, Tensor]:

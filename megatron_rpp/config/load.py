@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rpp.config import load_yaml
+from megatron_rpp.config.correction import from_old_names, without_other_parts
 from megatron_rpp.config.load_decode import decode
 from megatron_rpp.config.load_yaml import KeyPath
 from megatron_rpp.config.presets import PRESETS
+from megatron_rpp.config.problems import Problem
 from megatron_rpp.config.schema import Config
 from megatron_rpp.errors import ConfigError
 
@@ -43,8 +45,8 @@ def load_with_lines(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Co
     tree, lines = _read_with_bases(path, ())
     for override in overrides:
         _apply(override, tree, lines)
-    tree = _over_preset(tree, lines)
-    cfg = decode(tree, lines, source=str(path))
+    tree, problems = _over_preset(tree, lines)
+    cfg = decode(tree, lines, source=str(path), problems=problems)
     cwd = Path.cwd()
     run = replace(cfg.run, dir=_absolute(cfg.run.dir, cwd))
     sft = replace(cfg.sft, out=None if cfg.sft.out is None else _absolute(cfg.sft.out, cwd))
@@ -92,17 +94,24 @@ def _read_with_bases(path: Path, users: tuple[Path, ...]) -> tuple[dict[str, Any
     return _merge(tree, own), lines | document.lines
 
 
-def _over_preset(tree: dict[str, Any], lines: dict[KeyPath, str]) -> dict[str, Any]:
-    """The settings with those of the preset, where one is named, under them. An unknown name is left for decode to explain."""
+def _over_preset(tree: dict[str, Any], lines: dict[KeyPath, str]) -> tuple[dict[str, Any], list[Problem]]:
+    """The settings with those of the preset, where one is named, under them. An unknown name is left for decode to explain.
+
+    Old names of settings are replaced by the current ones; what is wrong with them is returned.
+    """
     name = tree.get("preset")
     below = dict(PRESETS.get(name, {})) if isinstance(name, str) else {}
-    correction, its_own = tree.get("correction"), below.get("correction")
-    if its_own is not None and isinstance(correction, dict) and correction.get("kind", its_own["kind"]) != its_own["kind"]:
-        del below["correction"]  # the bounds of one kind mean nothing to another
+    problems: list[Problem] = []
+    own = tree.get("correction")
+    if isinstance(own, dict):
+        own, problems = from_old_names(own, below.get("correction", {}), lines)
+        tree = tree | {"correction": own}
+        if "correction" in below:
+            below["correction"] = without_other_parts(below["correction"], own)
     for section, values in below.items():
         for setting in values:
             lines.setdefault((section, setting), f"preset {name}")
-    return _merge(below, tree)
+    return _merge(below, tree), problems
 
 
 def _absolute(path: Path, start: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -28,21 +28,22 @@ def setting_names(cls: type = Config, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def decode(tree: Mapping[str, Any], lines: Mapping[KeyPath, str], source: str) -> Config:
+def decode(tree: Mapping[str, Any], lines: Mapping[KeyPath, str], source: str, problems: Sequence[Problem] = ()) -> Config:
     """The configuration in `tree`; nothing is converted that does not already have the right type (an int may stand for a float).
 
+    problems: found before, refused together with those of the tree.
     Raises: ConfigError listing all unknown, missing and wrong settings, each with the file and line that it came from.
     """
+    found = {problem.path: problem for problem in problems}
     try:
-        return _ADAPTER.validate_json(json.dumps(tree), strict=True)
+        cfg = _ADAPTER.validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        found: dict[str, Problem] = {}
         for detail in error.errors(include_url=False):
             for problem in _explain(detail, tree, lines):
                 found.setdefault(problem.path, problem)  # a union reports once for each of its members
-        written = {line: order for order, line in enumerate(lines.values())}
-        refuse(sorted(found.values(), key=lambda problem: written.get(problem.where, -1)), source)
-        raise AssertionError("a refused tree has at least one problem") from error
+    written = {line: order for order, line in enumerate(lines.values())}
+    refuse(sorted(found.values(), key=lambda problem: written.get(problem.where, -1)), source)
+    return cfg
 
 
 def _explain(detail: Mapping[str, Any], tree: Mapping[str, Any], lines: Mapping[KeyPath, str]) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ PresetName = Literal["reinforce_pp", "reinforce_pp_baseline", "prorl_v2", "dapo"
 EstimatorName = Literal["reinforce_pp", "reinforce_pp_baseline", "rloo", "remax", "grpo", "dr_grpo", "gae"]
 LossName = Literal["ppo_clip", "gspo", "cispo", "reinforce"]
 AggregateName = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant_length"]
+RatioLevel = Literal["token", "sequence", "geometric"]
 KlName = Literal["k1", "k2", "k3"]
 KlLossName = Literal["k1", "k2", "k3", "k1_unbiased", "k2_unbiased", "k3_unbiased"]
 
@@ -142,13 +143,23 @@ class Algo:
 
 @config
 class Correction:
-    """Weights exp(logp_old - logp_rollout) for what the roll-out engine computed otherwise than the trainer."""
+    """Weights and rejection by the importance ratio w = exp(logp_old - logp_rollout); see algo/correction.py.
 
-    kind: Literal["none", "tis", "icepop", "mis"] = "none"  # held to [low, high] | 0 outside it | out of the loss mask outside it
-    level: Literal["token", "sequence", "geometric"] = "token"  # each token's | product | geometric mean over the response
-    low: float = 0.0
-    high: float = 2.0
-    veto: float | None = None  # a response with a token below this weight is left out
+    Levels: w of each token, its product over the response, or its geometric mean.
+    """
+
+    weight: Literal["none", "token", "sequence", "geometric"] = "none"  # multiplies the policy loss of a token
+    weight_clip: tuple[float, float] | None = (0.0, 2.0)  # truncates it (TIS); None leaves it as it is
+    weight_normalize: bool = False  # divides it by its mean over the kept tokens of the global batch
+    reject: Literal["none", "token", "sequence", "geometric"] = "none"  # drops tokens, or whole responses
+    reject_outside: tuple[float, float] | None = None  # what lies outside is rejected; must be set with reject
+    reject_mode: Literal["mask", "zero"] = "mask"  # out of the loss mask and its denominator (MIS) | weight 0 (IcePop)
+    veto: float | None = None  # a response with a token below this ratio is rejected
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any part changes a weight or the mask."""
+        return self.weight != "none" or self.reject != "none" or self.veto is not None
 
 
 # Whose paper whitens over the batch. The others' values are left as they are unless stats.normalise says on.
@@ -189,6 +200,7 @@ class Critic:
     hf: Path | None = None  # backbone; None takes model.hf
     lr: float = 1e-5
     warmup_steps: int = 0  # outer steps in which only the critic learns
+    gae_lambda: float | None = None  # of the critic's targets (VC-PPO, VAPO: 1); None: as algo.gae_lambda
     value_clip: float | None = 0.5  # how far a value may move from its old one before the loss is held
 
 

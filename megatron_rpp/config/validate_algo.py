@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_rpp.config.correction import correction_effects, correction_problems, correction_warnings
 from megatron_rpp.config.problems import Problem
-from megatron_rpp.config.schema import NORMALISED, Algo, Config, Correction, Critic, Stats
+from megatron_rpp.config.schema import NORMALISED, Algo, Config, Critic, Stats
 
 MAX_LIMBS = 8  # of stats/wire.py
 # What a response is compared with in these is its own group: their values are centred before any normalisation.
@@ -17,7 +18,7 @@ def algo_problems(cfg: Config) -> Iterator[Problem]:
     yield from _ranges(cfg)
     yield from _groups(cfg)
     yield from _truncation(cfg)
-    yield from _correction(cfg.correction)
+    yield from correction_problems(cfg.correction)
     yield from _models(cfg)
 
 
@@ -44,6 +45,7 @@ def algo_warnings(cfg: Config) -> Iterator[str]:
         yield f"{bounds}: ratios of whole responses stay far inside; the paper has 3e-4, 4e-4"
     if algo.loss == "gspo" and algo.aggregate != "seq_mean_token_mean":
         yield f"algo.loss gspo with algo.aggregate {algo.aggregate} weighs responses by their length; the paper: seq_mean_token_mean"
+    yield from correction_warnings(cfg.correction)
 
 
 def _ranges(cfg: Config) -> Iterator[Problem]:
@@ -51,6 +53,8 @@ def _ranges(cfg: Config) -> Iterator[Problem]:
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(algo, name) <= 1:
             yield Problem(f"algo.{name}", f"must be in [0, 1], got {getattr(algo, name)}")
+    if cfg.critic.gae_lambda is not None and not 0 <= cfg.critic.gae_lambda <= 1:
+        yield Problem("critic.gae_lambda", f"must be in [0, 1], got {cfg.critic.gae_lambda}; VC-PPO and VAPO have 1")
     if algo.loss != "cispo" and not 0 < algo.clip_low < 1:
         yield Problem("algo.clip_low", f"must be in (0, 1), got {algo.clip_low}; set e.g. 0.2")
     if algo.loss == "cispo" and not algo.clip_low > 0:
@@ -93,18 +97,6 @@ def _truncation(cfg: Config) -> Iterator[Problem]:
         yield Problem("reward.truncated_coef", f"must be in [0, 1], got {reward.truncated_coef}")
     if reward.truncated_coef is not None and reward.truncated_score is not None:
         yield Problem("reward.truncated_score", "replaces what reward.truncated_coef would multiply; set one of them")
-
-
-def _correction(correction: Correction) -> Iterator[Problem]:
-    if not 0 <= correction.low < correction.high:
-        got = f"{correction.low} and {correction.high}"
-        yield Problem("correction.low", f"must be 0 or more and below correction.high, got {got}; IcePop has 0.5 and 5")
-    elif correction.veto is not None and not 0 < correction.veto < 1:
-        yield Problem("correction.veto", f"must be in (0, 1), got {correction.veto}; set e.g. 1e-4")
-    elif correction.kind == "none" and correction != Correction():
-        yield Problem("correction.kind", "none leaves correction's other settings without effect; set tis, icepop or mis")
-    elif correction.kind in ("icepop", "mis") and correction.low == 0:
-        yield Problem("correction.low", f"0 drops no small weight, and {correction.kind} means to; set e.g. 0.5, or correction.kind: tis")
 
 
 def _models(cfg: Config) -> Iterator[Problem]:
@@ -161,5 +153,6 @@ def effect_problems(cfg: Config) -> Iterator[Problem]:
         yield Problem("stats.limbs", f"counts the FP8 numbers of stats.wire fp8, got {stats.wire}")
     if stats.scope == "domain" and cfg.data.domain_key is None:
         yield Problem("stats.scope", "domain needs data.domain_key to tell one from another")
+    yield from correction_effects(cfg.correction)
     if cfg.model.ref is not None and algo.kl_reward_coef == algo.kl_loss_coef == 0:
         yield Problem("model.ref", "has no effect while algo.kl_reward_coef and algo.kl_loss_coef are 0")

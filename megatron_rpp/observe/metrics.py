@@ -49,7 +49,7 @@ METRICS = (
     Metric("adv/zero_variance_frac", "fraction", "prompts whose scores, where there are several, are all equal after shaping", "mean"),
     Metric("adv/is_degenerate", "", "1 when every advantage of the step is 0", "max"),
     Metric("adv/*", "", "what the advantage normalisation saw (return_*) and made: means, extremes, correlation with length"),
-    Metric("correction/*", "", "weights of the roll-out correction: mean, effective sample size, what was kept, clipped, vetoed"),
+    Metric("correction/*", "", "the roll-out correction: mean weight, normalizer, effective sample size, what was kept, clipped, vetoed"),
     Metric("draw/*", "", "dynamic sampling: refills, groups kept"),
     Metric("critic/*", "", "the critic's update: loss, mean value and return, mean squared error"),
     Metric("policy/grad_norm", "", "gradient norm before clipping, mean over the optimiser steps", "max"),

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_rpp.dist.collectives import DEFAULT_DEADLINE_S, all_gather
+from megatron_rpp.dist.collectives import DEFAULT_DEADLINE_S, all_gather, sum_int64
 from megatron_rpp.dist.groups import ProcessGroup
 from megatron_rpp.errors import NumericsError
 from megatron_rpp.stats.local import Local, collect
@@ -108,6 +108,27 @@ def distributed_moments(
     is_typed = native_float8 and agreement.wire.name == "fp8"
     parts = gather(mine.view(torch.float8_e4m3fn) if is_typed else mine, "sums")
     return agreement.conclude([part.view(mine.dtype) for part in parts])
+
+
+def distributed_mean(
+    x_T: Tensor,
+    mask_T: Tensor,
+    group: ProcessGroup | None,
+    *,
+    empty: float,
+    name: str = "mean",
+    deadline_s: float = DEFAULT_DEADLINE_S,
+) -> float:
+    """The mean of the masked values of all ranks, the same bits however they are split; `empty` where no rank has one.
+
+    Entered by every rank. group None: this process alone, no collective.
+    Shapes: x_T [T] any float dtype, mask_T [T] bool
+    Raises: NumericsError on every rank alike when a masked value is not finite; DeadlineError when a peer does not come.
+    """
+    count = mask_T.sum()
+    if group is not None:
+        count = sum_int64(count, group, name=f"{name}: count", deadline_s=deadline_s)
+    return distributed_moments(x_T, mask_T, group, name=name, deadline_s=deadline_s).mean if count.item() else empty
 
 
 def header_words(locals_: Sequence[Local], wire: Wire) -> Tensor:

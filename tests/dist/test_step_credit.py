@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rpp.config.schema import Algo, Config, Correction, Data, Model, Reward, Rollout, Stats
+from megatron_rpp.algo.gae import critic_returns
+from megatron_rpp.config.schema import Algo, Config, Correction, Critic, Data, Model, Reward, Rollout, Stats
 from megatron_rpp.credit import Credit, Credited
 from megatron_rpp.data.packing import assign_ranks, pack_groups, token_index
 from megatron_rpp.dist.groups import Groups
@@ -30,8 +31,34 @@ CASES: dict[str, dict[str, Any]] = {
     "reinforce_pp by domain": {"algo": Algo(estimator="reinforce_pp", kl_reward_coef=0.1), "stats": Stats(scope="domain")},
     "rloo without truncated": {"algo": Algo(estimator="rloo", kl_reward_coef=0.3, filter_truncated=True)},
     "baseline without truncated": {"algo": Algo(filter_truncated=True), "reward": Reward(overlong_frac=0.5, truncated_coef=0.5)},
-    "baseline, mis": {"algo": Algo(), "correction": Correction(kind="mis", level="token", low=0.8, high=1.3, veto=0.57)},
-    "dr_grpo, tis": {"algo": Algo(estimator="dr_grpo"), "correction": Correction(kind="tis", level="geometric", high=0.75)},
+    "gae, the critic's own lambda": {
+        "algo": Algo(estimator="gae", kl_reward_coef=0.1, gae_lambda=0.95),
+        "critic": Critic(gae_lambda=0.5),
+    },
+    "baseline, mis": {
+        "algo": Algo(),
+        "correction": Correction(weight="token", weight_clip=None, reject="token", reject_outside=(0.8, 1.3), veto=0.57),
+    },
+    "dr_grpo, tis": {
+        "algo": Algo(estimator="dr_grpo"),
+        "correction": Correction(weight="geometric", weight_clip=(0.0, 0.75)),
+    },
+    "baseline, tis normalized, geometric rejection": {
+        "algo": Algo(filter_truncated=True),
+        "correction": Correction(
+            weight="token", weight_clip=(0.0, 0.9), weight_normalize=True, reject="geometric", reject_outside=(0.7, 0.8), veto=0.56
+        ),
+    },
+    "baseline, icepop normalized": {
+        "algo": Algo(),
+        "correction": Correction(
+            weight="token", weight_normalize=True, reject="token", reject_outside=(0.65, 0.9), reject_mode="zero"
+        ),
+    },
+    "baseline, nothing is left": {
+        "algo": Algo(),
+        "correction": Correction(weight="token", weight_normalize=True, reject="sequence", reject_outside=(1e7, 1e8)),
+    },
 }
 
 
@@ -120,6 +147,43 @@ def test_the_cases_do_what_they_are_named_after(answers: Answers) -> None:
     assert whole["dr_grpo, tis"].batch.weight_T.max() <= 0.75 + 1e-6
     assert whole["gae"].return_T is not None
     assert len({case for case, one in whole.items() if one.metrics["adv/abs_max"] > 0}) == len(CASES)
+
+
+NORMALIZED = ("baseline, tis normalized, geometric rejection", "baseline, icepop normalized")
+
+
+@pytest.mark.parametrize("case", NORMALIZED)
+def test_normalized_weights_have_mean_1_over_what_the_loss_sees_of_the_global_batch(case: str, answers: Answers) -> None:
+    """On every layout; some tokens are rejected, and no rank's own share has that mean."""
+    plain = with_models(pack_groups(make_groups(), 0, 1)).mask_T
+    for layout in range(3):
+        shares = [answers[rank][case][layout] for rank in ((0,), (0, 1, 2, 3), (0, 2))[(1, 0, 2)[layout]]]
+        weights = torch.cat([share.batch.weight_T[share.batch.mask_T] for share in shares])
+        kept = weights[weights > 0]
+        assert 0 < len(kept) < plain.sum()
+        assert kept.double().mean().item() == pytest.approx(1.0, abs=1e-6)
+        assert shares[0].metrics["correction/normalizer"] == answers[0][case][1].metrics["correction/normalizer"]  # to the bit
+        if len(shares) > 1:
+            means = [share.batch.weight_T[share.batch.weight_T > 0].mean().item() for share in shares]
+            assert any(abs(mean - 1) > 1e-3 for mean in means)
+
+
+def test_without_a_token_left_nothing_is_nan(answers: Answers) -> None:
+    for rank in range(RANKS):
+        for share in answers[rank]["baseline, nothing is left"]:
+            assert not share.batch.mask_T.any()
+            assert not share.batch.weight_T.any()
+            assert share.adv_T.isfinite().all()
+            assert share.metrics["correction/normalizer"] == 1.0
+            assert share.metrics["correction/kept_frac"] == 0.0
+
+
+def test_the_critics_own_lambda_moves_its_targets_and_not_the_policys_advantages(answers: Answers) -> None:
+    own = answers[0]["gae, the critic's own lambda"][1]
+    batch = with_models(pack_groups(make_groups(), 0, 1))
+    algo = make_config("gae, the critic's own lambda").algo
+    assert torch.equal(own.return_T, critic_returns(batch, algo, 0.5))
+    assert not torch.allclose(own.return_T, critic_returns(batch, algo))
 
 
 def test_rejected_tokens_stay_in_the_statistics_and_leave_the_loss(answers: Answers) -> None:

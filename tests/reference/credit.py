@@ -53,12 +53,31 @@ def to_go(score: float, penalty: Sequence[float], gamma: float) -> list[float]:
 
 
 def generalised(row: Row, score: float, penalty: Sequence[float], algo: Algo) -> list[float]:
+    """arXiv 1506.02438 Eq. 16 with the policy's lambda."""
+    n = len(penalty)
+    lam = algo.gae_lambda if algo.gae_length_alpha is None else max(0.0, 1 - 1 / (algo.gae_length_alpha * n)) if n else 0.0
+    return estimated(row, score, penalty, algo.gamma, lam)
+
+
+def critic_targets(rows: Rows, algo: Algo, lam: float | None) -> list[list[float]]:
+    """arXiv 2504.05118 section 4.1: what each written token's value should become, with a lambda of the critic's own.
+
+    lam: None takes the policy's, or 1 where that follows the length.
+    """
+    own = (algo.gae_lambda if algo.gae_length_alpha is None else 1.0) if lam is None else lam
+    found = []
+    for row in rows:
+        advantages = estimated(row, clipped(row, algo), penalties(row, algo), algo.gamma, own)
+        found.append([adv + value for adv, value in zip(advantages, written(row, row.value), strict=True)])
+    return found
+
+
+def estimated(row: Row, score: float, penalty: Sequence[float], gamma: float, lam: float) -> list[float]:
     """arXiv 1506.02438 Eq. 16: sum over l of (gamma * lambda)^l * delta[t + l]."""
     value = [*written(row, row.value), 0.0]
     n = len(penalty)
-    lam = algo.gae_lambda if algo.gae_length_alpha is None else max(0.0, 1 - 1 / (algo.gae_length_alpha * n)) if n else 0.0
-    delta = [(score if s == n - 1 else 0.0) - penalty[s] + algo.gamma * value[s + 1] - value[s] for s in range(n)]
-    return [math.fsum((algo.gamma * lam) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
+    delta = [(score if s == n - 1 else 0.0) - penalty[s] + gamma * value[s + 1] - value[s] for s in range(n)]
+    return [math.fsum((gamma * lam) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
 
 
 def penalties(row: Row, algo: Algo) -> list[float]:

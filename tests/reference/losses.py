@@ -34,6 +34,17 @@ class Token:
 Response = list[Token]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """The section `correction` in its old names."""
+
+    kind: str = "none"
+    level: str = "token"
+    low: float = 0.0
+    high: float = 2.0
+    veto: float | None = None
+
+
 def objective(responses: list[Response], algo: Algo) -> float:
     """The number that an optimiser step minimises, over all its responses."""
     rows = []
@@ -128,8 +139,56 @@ def gradient(responses: list[Response], algo: Algo, step: float = 1e-6) -> list[
     return result
 
 
-def corrected(response: Response, correction: Correction) -> tuple[list[float], list[bool]]:
-    """The weight of each token of one response, and whether it stays in the mask."""
+def corrected(response: Response, rule: Correction) -> tuple[list[float], list[bool], list[bool]]:
+    """By token of one response: its weight before any normalization, whether it stays in the loss mask, and whether it is kept."""
+    gaps = [token.old - token.rollout for token in response if token.is_masked]
+    is_rejected_whole = rule.veto is not None and not all(math.isfinite(gap) and math.exp(max(gap, -700.0)) >= rule.veto for gap in gaps)
+    weights, in_mask, kept = [], [], []
+    for token in response:
+        if not token.is_masked:
+            weights.append(0.0)
+            in_mask.append(False)
+            kept.append(False)
+            continue
+        is_kept, weight = not is_rejected_whole, 1.0
+        if rule.reject != "none":
+            seen = ratio_at(rule.reject, token, gaps)
+            is_kept = is_kept and seen is not None and rule.reject_outside[0] <= seen <= rule.reject_outside[1]
+        if rule.weight != "none":
+            seen = ratio_at(rule.weight, token, gaps)
+            is_kept = is_kept and seen is not None
+            weight = seen if seen is not None else 0.0
+            if rule.weight_clip is not None:
+                weight = min(max(weight, rule.weight_clip[0]), rule.weight_clip[1])
+        may_leave = rule.reject_mode == "mask" and (rule.reject != "none" or rule.veto is not None)
+        weights.append(weight if is_kept else 0.0)
+        in_mask.append(is_kept or not may_leave)
+        kept.append(is_kept)
+    return weights, in_mask, kept
+
+
+def ratio_at(level: str, token: Token, gaps: list[float]) -> float | None:
+    """The ratio that a level looks at; None where a log-probability that it needs is no number."""
+    looked_at = [token.old - token.rollout] if level == "token" else gaps
+    if not all(map(math.isfinite, looked_at)):
+        return None
+    total = math.fsum(map(_bounded, looked_at))
+    return math.exp(_bounded(total / len(looked_at) if level == "geometric" else total))
+
+
+def corrected_batch(responses: list[Response], rule: Correction) -> tuple[list[list[float]], list[list[bool]]]:
+    """Weights as the loss multiplies by them, normalized where the rule says so, and the loss mask, of all responses of a step."""
+    found = [corrected(response, rule) for response in responses]
+    weights = [row for row, _, _ in found]
+    if rule.weight_normalize:
+        left = [weight for row, _, kept in found for weight, is_kept in zip(row, kept, strict=True) if is_kept]
+        mean = math.fsum(left) / len(left) if left else 1.0
+        weights = [[weight / mean for weight in row] for row in weights]
+    return weights, [in_mask for _, in_mask, _ in found]
+
+
+def corrected_by_kind(response: Response, correction: Kind) -> tuple[list[float], list[bool]]:
+    """What the old names kind, level, low and high meant: the weight of each token of one response, and whether it stays in the mask."""
     if correction.kind == "none":
         return [float(token.is_masked) for token in response], [token.is_masked for token in response]
     gaps = [token.old - token.rollout for token in response if token.is_masked]

@@ -15,8 +15,9 @@ from megatron_rpp.algo.estimators import ESTIMATORS
 from megatron_rpp.algo.gae import critic_returns, gae, length_lambda
 from megatron_rpp.algo.returns import compute_returns
 from megatron_rpp.config.schema import Algo
+from tests.reference import credit as loops
 from tests.reference.batches import close
-from tests.reference.cases import Row, batch_of, draw, on_tokens, scores_of
+from tests.reference.cases import Row, algo_of, batch_of, draw, on_tokens, scores_of
 from tests.reference.properties import thorough
 
 ONES3 = torch.ones(3, dtype=torch.bool)
@@ -66,6 +67,41 @@ def test_lambda_by_length_counts_the_tokens_that_the_policy_wrote() -> None:
     assert on_tokens(ESTIMATORS["gae"](batch, algo, scores_of([row])), batch) == [[0.0, 0.5]]
     # The critic looks all the way ahead: lambda 1, the score itself.
     assert on_tokens(critic_returns(batch, algo), batch) == [[1.0, 1.0]]
+
+
+VALUES = (0.5, 0.6, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("lam", "targets"),
+    [
+        (1.0, [1.0, 1.0, 1.0]),  # the score alone
+        (0.5, [0.725, 0.85, 1.0]),  # .1 + .5 * .25 + .5; .1 + .5 * .3 + .6; .3 + .7
+        (0.0, [0.6, 0.7, 1.0]),  # the next value, and the score at the end
+        (None, [0.96575, 0.985, 1.0]),  # as the policy
+    ],
+)
+def test_the_critics_own_lambda_by_hand(lam: float | None, targets: list[float]) -> None:
+    """Score 1 on the last of three, values .5 .6 .7, gamma 1, the policy's lambda .95: delta .1 .1 .3."""
+    row = Row((True,) * 3, 1.0, 0, (0.0,) * 3, (0.0,) * 3, VALUES)
+    batch, algo = batch_of([row]), Algo(estimator="gae", gae_lambda=0.95)
+    close(on_tokens(critic_returns(batch, algo, lam), batch), [targets])
+    close(on_tokens(ESTIMATORS["gae"](batch, algo, scores_of([row])), batch), [[0.46575, 0.385, 0.3]])  # the policy's stay
+
+
+@thorough
+@given(st.integers(0, 2**32 - 1), st.sampled_from((None, 0.0, 0.5, 0.95, 1.0)))
+def test_the_critics_targets_are_those_of_the_loops_wherever_the_responses_lie(seed: int, lam: float | None) -> None:
+    """Packed all together, and each half by itself: the same bits."""
+    rows, algo = draw(seed), algo_of(seed, ("gae",))
+    batch = batch_of(rows)
+    whole = on_tokens(critic_returns(batch, algo, lam), batch)
+    expected = loops.critic_targets(rows, algo, lam)
+    assert [len(row) for row in whole] == [len(row) for row in expected]
+    for got, target in zip(whole, expected, strict=True):
+        close(got, target, rtol=1e-10, atol=1e-10)
+    parts = [batch_of(rows[: len(rows) // 2]), batch_of(rows[len(rows) // 2 :])]
+    assert [row for part in parts for row in on_tokens(critic_returns(part, algo, lam), part)] == whole
 
 
 def test_a_batch_without_values_is_refused() -> None:

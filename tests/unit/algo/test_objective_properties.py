@@ -25,9 +25,18 @@ from tests.reference.properties import thorough
 
 SEEDS = st.integers(0, 2**32 - 1)
 LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=4)
-RULES = [Correction()] + [
-    Correction(kind=kind, level=level, low=0.6, high=1.6, veto=0.3 if level == "geometric" else None)
-    for kind, level in itertools.product(("tis", "icepop", "mis"), ("token", "sequence", "geometric"))
+RULES = [
+    Correction(
+        weight=weight,
+        weight_clip=(0.6, 1.6) if number % 2 else None,
+        reject=reject,
+        reject_outside=(0.6, 1.6),
+        reject_mode=mode,
+        veto=0.3 if reject == "geometric" else None,
+    )
+    for number, (weight, reject, mode) in enumerate(
+        itertools.product(("none", "token", "sequence"), ("none", "token", "sequence", "geometric"), ("mask", "zero"))
+    )
 ]
 ALGOS = st.sampled_from(
     [
@@ -51,10 +60,9 @@ ALGOS = st.sampled_from(
 
 def _corrected(responses: list[Response], correction: Correction) -> list[Response]:
     """The same responses with the loops' weights and masks."""
-    found = [loops.corrected(response, correction) for response in responses]
     return [
-        [replace(token, weight=w, is_masked=is_kept) for token, w, is_kept in zip(response, weights, kept, strict=True)]
-        for response, (weights, kept) in zip(responses, found, strict=True)
+        [replace(token, weight=w, is_masked=is_left) for token, w, is_left in zip(response, weights, mask, strict=True)]
+        for response, weights, mask in zip(responses, *loops.corrected_batch(responses, correction), strict=True)
     ]
 
 

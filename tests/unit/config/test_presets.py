@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,10 @@ def test_what_the_user_writes_lies_over_the_preset_wherever_it_is_written(projec
     assert (load(path).algo.clip_high, load(path).algo.estimator) == (0.3, "grpo")
     assert load(path, ["algo.estimator=rloo"]).algo.estimator == "rloo"
     cfg, lines = load_with_lines(path, ["preset=prorl_v2"])  # the command line's preset, the file's bound
-    assert (cfg.preset, cfg.algo.clip_high, cfg.correction.kind) == ("prorl_v2", 0.3, "icepop")
+    assert (cfg.preset, cfg.algo.clip_high, cfg.correction.reject_mode) == ("prorl_v2", 0.3, "zero")
     assert lines["algo.clip_high"] == f"{path}:2"
-    assert lines["correction.kind"] == "preset prorl_v2"
-    assert "correction.level" in lines
+    assert lines["correction.reject"] == "preset prorl_v2"
+    assert "correction.weight" in lines
     assert "algo.gamma" not in lines
 
 
@@ -64,8 +65,29 @@ def test_what_a_preset_sets_is_no_mistake_where_the_user_lays_something_over_a_p
         validate(cfg, lines=lines)
 
 
-def test_another_kind_of_correction_leaves_the_bounds_of_the_presets_own(project: Path) -> None:
+PRORL = Correction(weight="token", weight_clip=None, reject="token", reject_outside=(0.5, 5.0), reject_mode="zero")
+
+
+def test_another_correction_leaves_the_settings_of_the_presets_own(project: Path) -> None:
+    def correction(*overrides: str) -> Correction:
+        cfg, lines = load_with_lines(project, ["preset=prorl_v2", *overrides])
+        validate(cfg, lines=lines)
+        return cfg.correction
+
+    assert correction() == PRORL
+    assert correction("correction.weight=none", "correction.reject=none") == Correction()
+    assert correction("correction.reject=none") == Correction(weight="token", weight_clip=None)
+    assert correction("correction.weight=sequence") == replace(PRORL, weight="sequence", weight_clip=(0.0, 2.0))
+    assert correction("correction.reject_outside=[0.5, 3]") == replace(PRORL, reject_outside=(0.5, 3.0))
+    geometric = ("correction.reject=geometric", "correction.reject_outside=[0.9, 1.1]")
+    assert correction(*geometric) == Correction(weight="token", weight_clip=None, reject="geometric", reject_outside=(0.9, 1.1))
+
+
+def test_old_names_over_a_preset_mean_what_they_meant(project: Path) -> None:
     assert load(project, ["preset=prorl_v2", "correction.kind=none"]).correction == Correction()
-    assert load(project, ["preset=prorl_v2", "correction.kind=tis"]).correction == Correction(kind="tis")
-    own = load(project, ["preset=prorl_v2", "correction.high=3"]).correction
-    assert (own.kind, own.low, own.high) == ("icepop", 0.5, 3.0)
+    assert load(project, ["preset=prorl_v2", "correction.kind=tis"]).correction == Correction(weight="token")
+    assert load(project, ["preset=prorl_v2", "correction.high=3"]).correction == replace(PRORL, reject_outside=(0.5, 3.0))
+    assert load(project, ["preset=prorl_v2", "correction.level=sequence"]).correction == replace(PRORL, reject="sequence")
+    assert load(project, ["preset=prorl_v2", "correction.kind=mis", "correction.low=0.8"]).correction == Correction(
+        weight="token", weight_clip=None, reject="token", reject_outside=(0.8, 2.0)
+    )
