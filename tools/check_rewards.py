@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rpp.reward.base import RewardInput, Verdict
-from megatron_rpp.reward.math import explicit_answer
+from megatron_rpp.reward.final_answer import explicit_answer
 from megatron_rpp.reward.pool import RewardPool
 
 MAX_REFUSED_FRAC = 0.001

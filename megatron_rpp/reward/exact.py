@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_rpp.reward.base import RewardInput
+from megatron_rpp.reward.thought import after_thought
 
 ANSWER_MARKERS = ("####", "Answer:")
 
@@ -16,7 +17,7 @@ def after_marker(text: str) -> str:
 def score(item: RewardInput) -> float:
     """1.0 if response and answer, each after its last marker, hold the same words in the same order; case counts.
 
-    An empty response never scores.
+    An empty response never scores. Thoughts are not looked at.
     """
-    response, answer = after_marker(item.response).split(), after_marker(item.answer).split()
+    response, answer = after_marker(after_thought(item)).split(), after_marker(item.answer).split()
     return float(bool(response) and response == answer)

@@ -1,100 +1,124 @@
-"""Reward 1 when the response's final answer is mathematically equal to the reference, by the library math-verify.
+"""Reward 1 when the response's final answer is mathematically equal to the reference.
 
-What counts as the final answer, first that applies:
-1. what stands in the last complete \\boxed{...},
-2. what follows the last "####" on its line,
-3. what math-verify finds: "the answer is ...", else the last LaTeX expression or number.
+What counts as the final answer, first that applies (docs/rewards.md has the details):
+1. what stands in the last complete \\boxed{...}, together with boxes that form a list with it,
+2. what stands on the last line that begins with GSM8K's marker "####" and holds an answer,
+3. what follows the last "the answer is" or "Answer:",
+4. what the library math-verify finds: the last LaTeX expression or number.
 Text before "</think>" is never looked at, and a thought that was not closed has no answer.
 
-Call it in a RewardPool only: symbolic comparison can run for ever or eat all memory (9^{9^{9^9}}), and math-verify's own
-limits use SIGALRM, which fails outside a main thread; they are switched off here.
+Call it in a RewardPool only: an integral or a binomial coefficient can take for ever or eat all memory, and
+math-verify's own limits use SIGALRM, which fails outside a main thread; they are switched off here.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-from functools import cache
+from functools import lru_cache
 
 import math_verify
+import sympy
+from latex2sympy2_extended.logic import And
+from sympy import Basic, Eq, Interval, Symbol
+from sympy.core.relational import Relational
 
 from megatron_rpp.reward.base import RewardInput
+from megatron_rpp.reward.equality import equal
+from megatron_rpp.reward.final_answer import explicit_answer, is_mathematics, stated_answer
+from megatron_rpp.reward.formulas import SYMPY_ERRORS
+from megatron_rpp.reward.notation import canonical, joined, plain, with_marked_mixed
+from megatron_rpp.reward.readings import MAX_CHARS, Formula, Group, Named, Reading, Relation, read, silence_libraries
+from megatron_rpp.reward.thought import after_thought
 
-# A box that opens, a box around one character ("\\boxed 2"), an escaped character, a brace.
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<open>\{)|(?P<single>[^\s{}\\]))|\\.|[{}]", re.DOTALL)
-_IN_BASE = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]+)\}?")
+_LONGEST = 2 * MAX_CHARS
+_TAIL = 4_000  # characters from the end in which an answer without a box is looked for
+_SIGNS = {"<": "<", ">": ">", "<=": r"\le", ">=": r"\ge", "==": "=", "!=": r"\ne"}
 
 
 def score(item: RewardInput) -> float:
-    """1.0 if the final answer of the response equals the reference answer, else 0.0. A response without one scores 0."""
-    _silence_libraries()
+    """1.0 if the final answer of the response equals the reference, else 0.0. A response without one scores 0."""
+    silence_libraries()
     gold = explicit_answer(item.answer) or item.answer.strip()
-    response = _after_thinking(item.response)
+    response = after_thought(item)
     given = explicit_answer(response)
-    if given is None:
-        if _same_text(response, gold):
-            return 1.0
-        return float(math_verify.verify(_parse(_boxed(gold)), _parse(response), timeout_seconds=None))
-    if _same_text(given, gold):
+    if given is not None:
+        return float(are_equal(given, gold))
+    if _same_text(response, gold):
         return 1.0
-    if _are_in_different_bases(given, gold):
+    prose = plain(response[-_TAIL:])
+    stated = stated_answer(prose)
+    if stated and are_equal(stated, gold):
+        return 1.0
+    if stated and is_mathematics(stated):
         return 0.0
-    return float(math_verify.verify(_parse(_boxed(gold)), _parse(_boxed(given)), timeout_seconds=None))
+    return float(_is_last_expression(prose, gold))
 
 
-def _after_thinking(text: str) -> str:
-    _, closed, answer = text.rpartition("</think>")
-    if not closed and "<think>" in text:
-        return ""
-    return answer
+def are_equal(given: str, gold: str) -> bool:
+    """True if the two answers are the same text or have the same value.
+
+    An answer that cannot be read or evaluated equals only the same text.
+    """
+    if _same_text(given, gold):
+        return True
+    if max(len(given), len(gold)) > _LONGEST:
+        return False
+    try:
+        left, right = _read(canonical(given)), _read(canonical(gold))
+        return left is not None and right is not None and equal(left, right)
+    except SYMPY_ERRORS:
+        return False
 
 
-def explicit_answer(text: str) -> str | None:
-    """The content of the last complete box, else of the last "####" line, else None."""
-    if (content := _last_box(text)) is not None:
-        return content.strip()
-    _, marker, rest = text.rpartition("####")
-    return (rest.strip().splitlines() or [""])[0].strip() if marker else None
+def _is_last_expression(prose: str, gold: str) -> bool:
+    """True if the last expression that math-verify finds in the prose equals the reference."""
+    if len(gold) > _LONGEST:
+        return False
+    try:
+        parsed = math_verify.parse(with_marked_mixed(prose), fallback_mode="no_fallback", parsing_timeout=None)
+        left, right = _reading_of(parsed[0]) if parsed else None, _read(canonical(gold))
+        return left is not None and right is not None and equal(left, right)
+    except SYMPY_ERRORS:
+        return False
 
 
-def _last_box(text: str) -> str | None:
-    """What the complete box that begins last holds. One pass: a model that repeats "\\boxed{" for ever costs no more than others."""
-    last_start, content = -1, None
-    open_braces: list[int] = []  # where the content of each begins; -1 for a brace that is no box
-    for token in _BRACES.finditer(text):
-        if token["single"]:
-            last_start, content = token.start("single"), token["single"]
-        elif token["open"]:
-            open_braces.append(token.end())
-        elif token.group() == "{":
-            open_braces.append(-1)
-        elif token.group() == "}" and open_braces and (start := open_braces.pop()) > last_start:
-            last_start, content = start, text[start : token.start()]
-    return content
-
-
-def _boxed(expression: str) -> str:
-    return rf"\boxed{{{expression}}}"
-
-
-def _parse(text: str) -> list[object]:
-    return math_verify.parse(text, parsing_timeout=None)
+@lru_cache(maxsize=512)
+def _read(text: str) -> Reading | None:
+    """As `read`. The reference is read once for all responses to its prompt."""
+    return read(text)
 
 
 def _same_text(left: str, right: str) -> bool:
-    """Equal but for white space and dollar signs: true answers that no parser reads still count, and most cost nothing."""
-    left, right = (re.sub(r"[\s$]", "", text) for text in (left, right))
+    """Equal in one spelling: true answers that nothing reads still count, and most cost nothing."""
+    if max(len(left), len(right)) > _LONGEST:
+        return left.strip() == right.strip()
+    left, right = (joined(canonical(text)) for text in (left, right))
     return bool(left) and left == right
 
 
-def _are_in_different_bases(given: str, gold: str) -> bool:
-    """1011_2 against 1011_3: math-verify drops the subscript."""
-    given_match, gold_match = _IN_BASE.fullmatch(given), _IN_BASE.fullmatch(gold)
-    return bool(given_match and gold_match and given_match.group(2) != gold_match.group(2))
+def _reading_of(expression: object) -> Reading | None:
+    """What an expression from math-verify says."""
+    if isinstance(expression, sympy.FiniteSet | sympy.Tuple):
+        items = tuple(_reading_of(argument) for argument in expression.args)
+        brackets = ("(", ")") if isinstance(expression, sympy.Tuple) else (r"\{", r"\}")
+        return None if None in items else Group(brackets[0], items, brackets[1])
+    if isinstance(expression, Interval):
+        brackets = "(" if expression.left_open else "[", ")" if expression.right_open else "]"
+        return Group(brackets[0], (Formula(expression.start), Formula(expression.end)), brackets[1])
+    if isinstance(expression, Eq) and isinstance(expression.lhs, Symbol):
+        value = _reading_of(expression.rhs)
+        return Named(expression.lhs.name, (value,)) if value is not None else None
+    if isinstance(expression, And):
+        return _chain_of(expression)
+    if isinstance(expression, Relational):
+        return Relation((expression.lhs, expression.rhs), (_SIGNS[expression.rel_op],))
+    return Formula(expression) if isinstance(expression, Basic | sympy.MatrixBase) else None
 
 
-@cache
-def _silence_libraries() -> None:
-    """They warn, once a process, that the limits are off."""
-    for name in ("math_verify", "latex2sympy2_extended"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def _chain_of(chain: And) -> Reading | None:
+    """a < b < c is a relation; x = a = b names the values a and b."""
+    links = chain._unsorted_args
+    sides = (links[0].lhs, *(link.rhs for link in links))
+    signs = tuple(_SIGNS[link.rel_op] for link in links)
+    if set(signs) != {"="}:
+        return Relation(sides, signs)
+    return Named(str(sides[0]), tuple(Formula(side) for side in sides[1:]))

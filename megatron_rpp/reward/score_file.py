@@ -1,8 +1,11 @@
 """`rpp score`: judge the responses of a JSONL file with a reward, in order, without a model.
 
-A row is an object {"prompt", "response", "answer"}; prompt may be left out, answer may be a number. With `--json` one line
-comes out for each line that went in: {"line", "score"}, with "reward_failed" and "reason" when the verifier gave no score,
-or {"line", "bad_row": why}. Without it: a table of the rows that did not score, and the mean.
+A row is an object {"prompt", "response", "answer", "prompt_end"}; prompt may be left out, answer may be a number.
+prompt_end is what the chat template wrote after the user's message, such as "<|im_start|>assistant\\n<think>\\n". A
+thought that it opens and the response never closes has no answer. `--prompt-end TEXT` is given to rows without one.
+With `--json` one line comes out for each line that went in: {"line", "score"}, with "reward_failed" and "reason" when
+the verifier gave no score, or {"line", "bad_row": why}. Without it: a table of the rows that did not score, and the
+mean.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from megatron_rpp.reward.base import RewardInput, Verdict
 from megatron_rpp.reward.pool import RewardPool
 
 MAX_LISTED = 20
+_FIELDS = ("prompt", "response", "answer", "prompt_end")
 _AHEAD = 64  # rows in flight: enough to keep the workers busy, few enough to stream a file of any length
 
 
@@ -53,7 +57,14 @@ class Scored:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reward", required=True, metavar="NAME", help="exact, arithmetic, math or package.module:function")
-    parser.add_argument("--input", required=True, type=Path, metavar="FILE.jsonl", help='rows {"prompt", "response", "answer"}')
+    parser.add_argument("--input", required=True, type=Path, metavar="FILE.jsonl", help="rows {prompt, response, answer, prompt_end}")
+    parser.add_argument(
+        "--prompt-end",
+        default="",
+        metavar="TEXT",
+        help="what the chat template wrote after the user's message, for rows without a prompt_end; after '<think>' a "
+        "response has no answer until it writes </think> (default: nothing)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line for each row instead of a table")
     parser.add_argument("--timeout-s", type=float, default=10.0, help="wall clock of one verifier call (default 10)")
     parser.add_argument("--num-workers", type=int, default=2, help="verifier processes (default 2)")
@@ -65,7 +76,7 @@ def run(args: argparse.Namespace, out: TextIO | None = None) -> int:
     if not args.input.is_file():
         raise DataError("there is no such file", where=str(args.input))
     with RewardPool(args.reward, args.timeout_s, args.num_workers) as pool:
-        scored = score_lines(args.input, pool)
+        scored = score_lines(args.input, pool, args.prompt_end)
         try:
             return _write_json(scored, out) if args.json else _write_table(scored, out)
         except BrokenPipeError:  # `rpp score ... | head` has seen enough
@@ -73,14 +84,14 @@ def run(args: argparse.Namespace, out: TextIO | None = None) -> int:
             return 1
 
 
-def score_lines(path: Path, pool: RewardPool) -> Iterator[Scored]:
-    """Every non-blank line of the file with its verdict, in order."""
+def score_lines(path: Path, pool: RewardPool, prompt_end: str = "") -> Iterator[Scored]:
+    """Every non-blank line of the file with its verdict, in order. Rows without a prompt_end get the one given here."""
     waiting: deque[tuple[int, Future[Verdict] | str]] = deque()
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            item = _parse(line)
+            item = _parse(line, prompt_end)
             waiting.append((number, item if isinstance(item, str) else pool.submit(item)))
             if len(waiting) > _AHEAD:
                 yield _finish(*waiting.popleft())
@@ -92,7 +103,7 @@ def _finish(line: int, outcome: Future[Verdict] | str) -> Scored:
     return Scored(line, None, outcome) if isinstance(outcome, str) else Scored(line, outcome.result())
 
 
-def _parse(line: bytes) -> RewardInput | str:
+def _parse(line: bytes, prompt_end: str) -> RewardInput | str:
     """The row, or why there is none."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
@@ -102,16 +113,16 @@ def _parse(line: bytes) -> RewardInput | str:
         return f"not JSON: {error}"
     if not isinstance(row, dict):
         return f"a JSON {type(row).__name__}, expected an object"
-    fields = {"prompt": "", **row}
+    fields = {"prompt": "", "prompt_end": prompt_end, **row}
     answer = row.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         fields["answer"] = str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
-    for name in ("prompt", "response", "answer"):
+    for name in _FIELDS:
         if name not in fields:
             return f"field {name!r} is missing"
         if not isinstance(fields[name], str):
             return f"{name!r} is of type {type(fields[name]).__name__}, expected text"
-    return RewardInput(fields["prompt"], fields["response"], fields["answer"])
+    return RewardInput(**{name: fields[name] for name in _FIELDS})
 
 
 def _write_json(scored: Iterable[Scored], out: TextIO) -> int:

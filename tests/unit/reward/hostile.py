@@ -39,7 +39,7 @@ def obey(item: RewardInput) -> float:
 
 
 def echo_length(item: RewardInput) -> float:
-    return float(len(item.prompt) + 10 * len(item.response) + 100 * len(item.answer))
+    return float(len(item.prompt) + 10 * len(item.response) + 100 * len(item.answer) + 1000 * len(item.prompt_end))
 
 
 def _spin() -> None:

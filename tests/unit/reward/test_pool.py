@@ -78,7 +78,9 @@ def test_a_misbehaving_verifier_gives_a_failed_verdict_and_the_next_one_scores(p
 
 
 def test_expressions_that_no_computer_finishes_cost_their_limit_and_no_more() -> None:
-    endless = [RewardInput("", rf"\boxed{{{power}}}", "2") for power in ("9^{9^{9^9}}", "99999999!")]
+    endless = [
+        RewardInput("", rf"\boxed{{{power}}}", "2") for power in (r"\binom{2000000000}{1000000000}", r"\binom{3000000000}{1500000000}")
+    ]
     with RewardPool("math", timeout_s=2.0, num_workers=2) as pool:
         begin = time.monotonic()
         verdicts = pool.score_many([*endless, RewardInput("", r"\boxed{\frac{4}{2}}", "2")])
@@ -105,11 +107,15 @@ def test_submit_returns_at_once_and_a_slow_response_holds_only_its_own_worker() 
     assert slow.result(timeout=0).reward_failed == "closed"
 
 
-def test_the_reward_gets_prompt_response_and_answer_whatever_they_hold() -> None:
+def test_the_reward_gets_prompt_response_answer_and_prompt_end_whatever_they_hold() -> None:
     long = "x" * 3_000_000
-    cases = [RewardInput("a", "bb", "ccc"), RewardInput("\x00\n", "\u2713\U0001f600", "\ud800"), RewardInput("", long, "")]
+    cases = [
+        RewardInput("a", "bb", "ccc", "\ud800<think>\n"),
+        RewardInput("\x00\n", "\u2713\U0001f600", "\ud800"),
+        RewardInput("", long, ""),
+    ]
     with RewardPool("tests.unit.reward.hostile:echo_length", num_workers=1) as pool:
-        assert [verdict.score for verdict in pool.score_many(cases)] == [321.0, 122.0, 30_000_000.0]
+        assert [verdict.score for verdict in pool.score_many(cases)] == [9321.0, 122.0, 30_000_000.0]
 
 
 def test_what_a_verifier_prints_does_not_reach_stdout() -> None:

@@ -88,6 +88,22 @@ def test_number_answers_are_read_as_numbers(tmp_path: Path) -> None:
     assert [json.loads(line).get("score") for line in out.splitlines()] == [1.0, 1.0, 1.0, None]
 
 
+def test_prompt_end_comes_from_the_row_or_else_from_the_flag(tmp_path: Path) -> None:
+    lines = [
+        row("4"),
+        {**row("4"), "prompt_end": ""},
+        {**row("4"), "prompt_end": "<think>"},
+        row("so</think>4"),
+        {**row("4"), "prompt_end": 1},
+    ]
+    for reward in ("arithmetic", "exact"):
+        _, plain = run(tmp_path, "--reward", reward, "--json", lines=lines)
+        _, opened = run(tmp_path, "--reward", reward, "--json", "--prompt-end", "<think>\n", lines=lines)
+        assert [json.loads(line).get("score") for line in plain.splitlines()] == [1.0, 1.0, 0.0, 1.0, None]
+        assert [json.loads(line).get("score") for line in opened.splitlines()] == [0.0, 1.0, 0.0, 1.0, None]
+        assert json.loads(opened.splitlines()[-1])["bad_row"] == "'prompt_end' is of type int, expected text"
+
+
 def test_an_empty_file_has_no_mean(tmp_path: Path) -> None:
     status, out = run(tmp_path, "--reward", "exact", lines=[])
     assert (status, out.splitlines()[-1]) == (0, "mean score   none")
