@@ -32,7 +32,7 @@ class Row:
 
 def iter_rows(path: Path, columns: Sequence[str]) -> Iterator[Row | BadRow]:
     """The rows of a .jsonl (blank lines left out) or .parquet file, which only reads `columns`. Raises: DataError if it cannot be read."""
-    readers = {".jsonl": _iter_jsonl, ".parquet": _iter_parquet}
+    readers = {".jsonl": lambda path, columns: iter_jsonl(path), ".parquet": _iter_parquet}
     if path.suffix not in readers:
         raise DataError(f"files of type {path.suffix or 'none'!r} are not read", where=str(path), expected=" or ".join(readers))
     if not path.is_file():
@@ -65,7 +65,8 @@ def number_text(value: object) -> str | None:
     return "0" if text == "-0" else text
 
 
-def _iter_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row | BadRow]:
+def iter_jsonl(path: Path) -> Iterator[Row | BadRow]:
+    """The objects of a file with one JSON value on each line, blank lines left out."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():

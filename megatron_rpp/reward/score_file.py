@@ -15,12 +15,13 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from megatron_rpp.data.rows import BadRow, iter_jsonl, number_text
 from megatron_rpp.errors import DataError
 from megatron_rpp.reward.base import RewardInput, Verdict
 from megatron_rpp.reward.pool import RewardPool
@@ -87,14 +88,11 @@ def run(args: argparse.Namespace, out: TextIO | None = None) -> int:
 def score_lines(path: Path, pool: RewardPool, prompt_end: str = "") -> Iterator[Scored]:
     """Every non-blank line of the file with its verdict, in order. Rows without a prompt_end get the one given here."""
     waiting: deque[tuple[int, Future[Verdict] | str]] = deque()
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            item = _parse(line, prompt_end)
-            waiting.append((number, item if isinstance(item, str) else pool.submit(item)))
-            if len(waiting) > _AHEAD:
-                yield _finish(*waiting.popleft())
+    for row in iter_jsonl(path):
+        item = row.reason if isinstance(row, BadRow) else _item(row.fields, prompt_end)
+        waiting.append((row.line, item if isinstance(item, str) else pool.submit(item)))
+        if len(waiting) > _AHEAD:
+            yield _finish(*waiting.popleft())
     while waiting:
         yield _finish(*waiting.popleft())
 
@@ -103,20 +101,15 @@ def _finish(line: int, outcome: Future[Verdict] | str) -> Scored:
     return Scored(line, None, outcome) if isinstance(outcome, str) else Scored(line, outcome.result())
 
 
-def _parse(line: bytes, prompt_end: str) -> RewardInput | str:
-    """The row, or why there is none."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    if not isinstance(row, dict):
-        return f"a JSON {type(row).__name__}, expected an object"
+def _item(row: Mapping[str, object], prompt_end: str) -> RewardInput | str:
+    """What the reward is shown of a row, or why the row cannot be used."""
     fields = {"prompt": "", "prompt_end": prompt_end, **row}
-    answer = row.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        fields["answer"] = str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
+    try:
+        fields["answer"] = number_text(row.get("answer")) or row["answer"]
+    except KeyError:
+        return "field 'answer' is missing"
+    except ValueError as error:
+        return f"'answer' {error}"
     for name in _FIELDS:
         if name not in fields:
             return f"field {name!r} is missing"

@@ -22,8 +22,8 @@ LAYERS = (
     ("train",),
     ("__main__",),
 )
-# Exact statistics are sums over a process group. Settings are checked against the model that they name.
-SIBLINGS = {("stats", "dist"), ("config", "hf")}
+# Exact statistics are sums over a process group. Settings are checked against the model that they name. Rewards score rows of files.
+SIBLINGS = {("stats", "dist"), ("config", "hf"), ("reward", "data")}
 
 STORE = "megatron_rpp/rollout/queue"  # a store that leaders share; no process group
 APPLY_PATCHES = ("megatron_rpp/mcore/init", "megatron_rpp/rollout/worker", "megatron_rpp/process")

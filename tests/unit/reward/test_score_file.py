@@ -57,7 +57,7 @@ def test_bad_rows_and_failed_verifiers_are_reported_by_line(tmp_path: Path) -> N
         {"line": 4, "bad_row": "a JSON list, expected an object"},
         {"line": 5, "bad_row": "field 'answer' is missing"},
         {"line": 6, "bad_row": "'response' is of type int, expected text"},
-        {"line": 7, "bad_row": "not UTF-8"},
+        {"line": 7, "bad_row": "not UTF-8 (byte 15 of the line)"},
         {"line": 8, "score": 0.0, "reward_failed": "crash", "reason": "the verifier's process ended: exit code 42"},
         {"line": 9, "score": 0.0, "reward_failed": "timeout", "reason": "no score within 0.5 s; the verifier was killed"},
         {"line": 10, "score": 0.5},
@@ -115,3 +115,20 @@ def test_a_missing_file_and_an_unknown_reward_are_clear_errors(tmp_path: Path) -
         score_file.run(arguments)
     with pytest.raises(RewardError, match="did you mean 'math'"):
         run(tmp_path, "--reward", "maths", lines=[row("4")])
+
+
+def test_an_answer_that_is_no_finite_number_is_a_bad_row(tmp_path: Path) -> None:
+    answers = ["1e999", "-1e999", "NaN", "1e23", "-0.0", "2.50"]
+    written = "1" + "0" * 23
+    lines = [f'{{"response": "{written}", "answer": {answer}}}'.encode() for answer in answers]
+    status, out = run(tmp_path, "--reward", "exact", "--json", lines=lines)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 1
+    assert [row.get("bad_row", row.get("score")) for row in rows] == [
+        "'answer' is inf, which is not a finite number",
+        "'answer' is -inf, which is not a finite number",
+        "not JSON: NaN is not a JSON number",
+        1.0,
+        0.0,
+        0.0,
+    ]
