@@ -119,6 +119,11 @@ def test_an_unusable_file_is_one_line(tmp_path: Path, tool: ModuleType, capsys: 
     assert message in refused(path, tool, capsys)
 
 
+def test_a_name_that_is_close_to_a_known_one_is_told(tmp_path: Path, tool: ModuleType, capsys: Capture) -> None:
+    path = write(tmp_path / "close.json", [SOUND | {"inputs": {"values": [[0.5]], "lamm": 1}}])
+    assert refused(path, tool, capsys).endswith("names that match .*kl.*; got: 'lamm'; fix: write lam, or remove it\n")
+
+
 def test_a_directory_is_one_line(tmp_path: Path, tool: ModuleType, capsys: Capture) -> None:
     assert "the file cannot be read; expected: a JSON file of fixtures; got: Is a directory" in refused(tmp_path, tool, capsys)
 
