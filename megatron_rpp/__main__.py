@@ -20,7 +20,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import Checked, validate
 from megatron_rpp.data.tokenizer_file import preview_tokenizer
 from megatron_rpp.dist.world import World
-from megatron_rpp.errors import ConfigError, RppError
+from megatron_rpp.errors import RppError
 from megatron_rpp.host import num_gpus
 from megatron_rpp.signals import hold_warning
 from megatron_rpp.version import __version__
@@ -89,10 +89,8 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 
 def _load(options: argparse.Namespace, *, world_size: int | None = None) -> tuple[Config, Checked]:
     cfg, lines = load_with_lines(options.config, options.overrides)
-    checked = validate(cfg, world_size=world_size, for_sft=options.command == "sft", lines=lines, source=str(options.config))
-    if options.command == "eval" and cfg.data.eval is None:
-        raise ConfigError("there is nothing to evaluate on", where="data.eval", expected="a .jsonl or .parquet file", got="not set")
-    return cfg, checked
+    is_sft, is_eval, source = options.command == "sft", options.command == "eval", str(options.config)
+    return cfg, validate(cfg, world_size=world_size, for_sft=is_sft, for_eval=is_eval, lines=lines, source=source)
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:

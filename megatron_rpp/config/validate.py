@@ -38,13 +38,17 @@ def validate(
     *,
     world_size: int | None = None,
     for_sft: bool = False,
+    for_eval: bool = False,
     lines: Mapping[str, str] | None = None,
     source: str = "settings",
 ) -> Checked:
     """Check every rule.
 
-    world_size: the number of processes, where it is known. for_sft: check what `rpp sft` needs beside. lines: where each
-    dotted setting was written (load.load_with_lines); source: the name of the whole, for the first line of the message.
+    world_size: the number of processes, where it is known.
+    for_sft: check what `rpp sft` needs too.
+    for_eval: check what `rpp eval` needs; the engine reads the weights, which may be quantized.
+    lines: where each dotted setting was written (load.load_with_lines).
+    source: the name of the whole, for the first line of the message.
     Raises: ConfigError, or GeometryError when only layouts are wrong, with one line for each broken rule.
     """
     lines = lines or {}
@@ -53,10 +57,12 @@ def validate(
     problems += [problem for problem in effect_problems(cfg) if not lines.get(problem.path, "").startswith("preset ")]
     problems += [*_inputs(cfg), *option_problems(cfg)]
     problems += _sft(cfg) if for_sft else ()
+    if for_eval and cfg.data.eval is None:
+        problems.append(Problem("data.eval", "required by `rpp eval`: a .jsonl or .parquet file of problems"))
     models: dict[str, HfModel] = {}
-    for name, directory in _models(cfg, for_sft=for_sft):
+    for name, directory in _models(cfg, for_policy_only=for_sft or for_eval):
         try:
-            models[name] = read_model(directory)
+            models[name] = read_model(directory, for_engine=for_eval)
         except ConfigError as error:
             problems.append(Problem(name, str(error)))
     hf = models.get("model.hf")
@@ -199,10 +205,10 @@ def _batches(cfg: Config) -> Iterator[Problem]:
         yield Problem("algo.minibatches", f"{minibatches} minibatches cannot be cut from {prompts} prompts (rollout.prompts_per_step)")
 
 
-def _models(cfg: Config, *, for_sft: bool) -> Iterator[tuple[str, Path]]:
+def _models(cfg: Config, *, for_policy_only: bool) -> Iterator[tuple[str, Path]]:
     """Every model that the command opens: the setting that names it, and its directory."""
     yield "model.hf", cfg.model.hf
-    if for_sft:
+    if for_policy_only:
         return
     if cfg.model.ref is not None and (cfg.algo.kl_reward_coef != 0 or cfg.algo.kl_loss_coef != 0):
         yield "model.ref", cfg.model.ref

@@ -144,7 +144,7 @@ def vocab_size_of(cfg: Config) -> int:
     models: set[Path] = {cfg.model.hf, cfg.model.ref or cfg.model.hf}
     if cfg.algo.estimator == "gae":
         models.add(cfg.critic.hf or cfg.model.hf)
-    return min(read_model(hf).vocab_size for hf in models)
+    return min(read_model(hf, for_engine=True).vocab_size for hf in models)
 
 
 def long_tokenizer_warning(num_tokens: int, vocab_size: int) -> str | None:

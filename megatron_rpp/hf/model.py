@@ -48,6 +48,7 @@ FAMILIES = {
         Family("deepseek_v3"),
     )
 }
+_QUANTIZATION = ("quantization_config", "compression_config")  # the second is an older name for the same
 # The only value of an entry that is implemented; an absent entry means that value.
 _SUPPORTED: Json = {
     "hidden_act": "silu",
@@ -55,8 +56,7 @@ _SUPPORTED: Json = {
     "attention_bias": False,  # of Llama: also puts a bias on the output projection
     "use_sliding_window": False,
     "pretraining_tp": 1,
-    "quantization_config": None,
-    "compression_config": None,  # an older name for the same
+    **dict.fromkeys(_QUANTIZATION),
 }
 _DEEPSEEK: Json = {"moe_layer_freq": 1, "rope_interleave": True}
 _SUPPORTED_OF: Mapping[str, Json] = {
@@ -170,9 +170,10 @@ class HfModel:
         return attention
 
 
-def read_model(directory: Path) -> HfModel:
+def read_model(directory: Path, *, for_engine: bool = False) -> HfModel:
     """Read and check `directory`/config.json.
 
+    for_engine: only SGLang reads the weights, so they may be quantized.
     Raises: ConfigError naming the file and the entry, for a missing file, an unknown model_type, a size that is missing or wrong, or
     a setting that is not implemented (sliding windows, other activations, other rotary scalings, biases, quantized weights, other
     ways of choosing experts).
@@ -184,6 +185,8 @@ def read_model(directory: Path) -> HfModel:
         raise ConfigError("cannot read the model's config.json", where=str(path), got=error.strerror, fix=_FIX) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError("config.json is not JSON", where=str(path), got=error, fix="fetch config.json again") from None
+    if for_engine and isinstance(raw, dict):
+        raw = {name: value for name, value in raw.items() if name not in _QUANTIZATION}
     return parse_model(raw, where=str(path))
 
 
@@ -273,7 +276,7 @@ def _refuse_unknown_mathematics(entries: Entries, family: Family) -> None:
     for name, wanted in supported.items():
         value = entries.values.get(name, wanted)
         if value is not None and value != wanted:
-            fix = _UNQUANTIZED if name in ("quantization_config", "compression_config") else None
+            fix = _UNQUANTIZED if name in _QUANTIZATION else None
             expected, got = _as_json(wanted), _as_json(value)
             raise ConfigError("this setting is not supported", where=entries.at(name), expected=expected, got=got, fix=fix)
     other_layers = sorted({str(kind) for kind in entries.items("layer_types")} - {"full_attention"})

@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import describe
-from megatron_rpp.weights.fp8_checkpoint import open_wide
-from megatron_rpp.weights.hf_io import HFCheckpoint
+from megatron_rpp.weights.fp8_checkpoint import KEY
+from megatron_rpp.weights.hf_io import HFCheckpoint, open_hf
 from megatron_rpp.weights.raw_file import BLOCK_BYTES, row_blocks
 from megatron_rpp.weights.rect import Rect
 
@@ -26,8 +26,9 @@ _FIX = 'to keep the head, set "tie_word_embeddings": false in config.json; to dr
 
 def check_directory(folder: Path) -> None:
     """`check_tied_head` on the HF directory `folder`. Raises: CheckpointError, ConfigError."""
-    with open_wide(folder) as checkpoint:
-        check_tied_head(checkpoint, describe(checkpoint.config))
+    with open_hf(folder) as checkpoint:
+        plain = {name: value for name, value in checkpoint.config.items() if name != KEY}  # which leaves head and embedding alone
+        check_tied_head(checkpoint, describe(plain))
 
 
 def check_tied_head(checkpoint: HFCheckpoint, model: Model) -> None:

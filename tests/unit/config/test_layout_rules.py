@@ -21,11 +21,11 @@ MIXTRAL = {**DENSE, "model_type": "mixtral", "num_local_experts": 6, "num_expert
 ENGINE_OF_4 = ("parallel.dp=4", "rollout.tp=4")
 
 
-def check(project: Path, config: dict[str, Any], *overrides: str, for_sft: bool = False) -> str:
+def check(project: Path, config: dict[str, Any], *overrides: str, for_sft: bool = False, for_eval: bool = False) -> str:
     """What is wrong; empty if nothing is."""
     (project.parent / "model/config.json").write_text(json.dumps(config))
     try:
-        validate(load(project, overrides), for_sft=for_sft)
+        validate(load(project, overrides), for_sft=for_sft, for_eval=for_eval)
     except ConfigError as error:
         return str(error)
     return ""
@@ -67,6 +67,14 @@ def test_sft_starts_no_engine_and_takes_models_that_only_an_engine_refuses(proje
     config = MOE | {"tie_word_embeddings": True}
     assert check(project, config, *sft, for_sft=True) == ""
     assert "rollout: SGLang cannot run this model" in check(project, config, *sft)
+
+
+@pytest.mark.parametrize("config", [DENSE | {"quantization_config": {"quant_method": "fp8"}}, DENSE | {"compression_config": {"a": 1}}])
+def test_an_evaluation_takes_quantized_weights_which_only_the_engine_reads(project: Path, config: dict[str, Any]) -> None:
+    assert check(project, config, f"data.eval={project.parent / 'train.jsonl'}", for_eval=True) == ""
+    assert "this setting is not supported" in check(project, config)
+    other = config | {"use_sliding_window": True}
+    assert "use_sliding_window" in check(project, other, f"data.eval={project.parent / 'train.jsonl'}", for_eval=True)
 
 
 REFERENCE = ("algo.kl_loss_coef=0.1",)

@@ -53,7 +53,7 @@ def test_wrong_settings_are_one_message_and_exit_code_2(command: str, project: P
 
 def test_eval_needs_problems_to_evaluate_on(project: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     assert main(["eval", str(project)]) == 2
-    assert "data.eval: there is nothing to evaluate on" in capsys.readouterr().err
+    assert "data.eval: required by `rpp eval`" in capsys.readouterr().err
 
 
 def test_a_run_with_the_wrong_number_of_processes_is_refused_by_every_rank(project: Path) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,14 @@ def test_a_conversion_refuses_the_head_and_names_what_it_leaves_out(tmp_path: Pa
         )
     with open_hf(directory(tmp_path / "none", TIED, None)) as checkpoint:
         assert head_note(checkpoint.entries, model_of(TIED)) == "head: tied to model.embed_tokens.weight; there is no lm_head.weight"
+
+
+def test_a_quantized_directory_is_compared_too(tmp_path: Path) -> None:
+    """`rpp eval` lets the engine read it."""
+    config = CONFIGS[TIED] | {"quantization_config": {"quant_method": "gptq"}}
+    for name, head in (("equal", embedding()), ("other", embedding() + 1)):
+        folder = directory(tmp_path / name, TIED, head)
+        (folder / "config.json").write_text(json.dumps(config))
+    check_directory(tmp_path / "equal")
+    with pytest.raises(CheckpointError, match=r"lm_head.weight differs"):
+        check_directory(tmp_path / "other")
