@@ -33,9 +33,10 @@ _TEXT_GROUP = re.compile(r"\\(?:text\w*|mathrm|mbox)\s*\{[^{}]*\}")
 
 _PHRASE = re.compile(r"answers?(?:\s+(?:is|are)(?:\s*:)?|\s*:)[\s$]*?(?=\S)", re.IGNORECASE)
 _CLAUSE_END = re.compile(
-    r"\n | \.(?=\s|$) | ;\s | ,\s(?=[a-z]{2,}\s) | \s(?=(?:because|since|so|which|where|when|for)\s)",
+    r"\n | [.!](?=\s|$) | ;\s | ,\s(?=[a-z]{2,}\s) | \s(?=(?:because|since|so|which|where|when|for)\s)",
     re.VERBOSE,
 )
+_OPENING = re.compile(r"^(?:[\s$]|\\\[|\\\()+")
 _MAX_CLAUSE = 300
 _MAX_BOXES = 50
 
@@ -53,7 +54,7 @@ def stated_answer(text: str) -> str | None:
     if not phrases:
         return None
     end = phrases[-1].end()
-    clause = text[end : end + _MAX_CLAUSE].lstrip()
+    clause = _OPENING.sub("", text[end : end + _MAX_CLAUSE])
     return _CLAUSE_END.split(clause, maxsplit=1)[0].strip() or None
 
 

@@ -74,16 +74,21 @@ def equal(left: Basic, right: Basic) -> bool:
 
 
 def is_zero(number: Expr) -> bool:
-    """True if a number is zero. Its terms are evaluated to more digits than could cancel by chance."""
+    """True if a number is zero. Its terms are evaluated to more digits than could cancel by chance.
+
+    Raises: TooLargeError, and what sympy raises.
+    """
     if number.is_Rational:
         return number == 0
     terms = Add.make_args(sympy.expand(number))
     bits = sum(max(atom.p.bit_length(), atom.q.bit_length()) for atom in number.atoms(Rational))
     digits = 100 + 2 * int(bits * math.log10(2))
-    for precision in (_FIRST_DIGITS, min(digits, _MAX_DIGITS)):
+    for precision in (_FIRST_DIGITS, digits):
+        if precision > _MAX_DIGITS:
+            raise TooLargeError(f"{precision} digits")
         values = [term.evalf(precision, maxn=precision + 100) for term in terms]
         if not all(value.is_number for value in values):
-            raise ValueError("a term has no value")
+            return False
         scale = max(abs(value) for value in values)
         total = abs(Add(*values)) if len(values) > 1 else scale
         if not total <= scale * Float(10, precision) ** (_GUARD_DIGITS - precision):

@@ -111,7 +111,7 @@ _CLOCK = re.compile(
 )
 _WORD = re.compile(r"[A-Za-z][A-Za-z'. -]*[A-Za-z.]")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-_CHOICE = re.compile(r"(?:\\text\{ ?\(([A-Z])\) ?\}|\(([A-Z])\)) ?(.*)", re.DOTALL)
+_CHOICE = re.compile(r"(?:\\text\{ ?\(([A-Z])\) ?\}|\(([A-Z])\)|([A-Z])[).:](?= )) ?(.*)", re.DOTALL)
 _ORDINAL = re.compile(r"(?<=[0-9])(?:(?:\^ ?\{? ?)?\\text\{ ?(?:st|nd|rd|th) ?\} ?\}?|(?:st|nd|rd|th))$")
 _UNITS = re.compile(r"(?:[ /\\]*\\text\{[^{}]*\}(?: ?\^ ?\{?-?[0-9]\}?)?)+\.?$")
 # Words of four letters or more after a space, or a common abbreviation: "12 boxes", "12cm", and not "2xy".
@@ -156,9 +156,9 @@ def read(text: str) -> Reading | None:
         return EMPTY_SET
     if _REALS.fullmatch(_unwrapped(text)):
         return Formula(sympy.S.Reals)
-    if (match := _CHOICE.fullmatch(text)) and match[3]:
-        value = read(match[3])
-        return Choice((match[1] or match[2]).lower(), value) if value is not None else None
+    if (match := _CHOICE.fullmatch(text)) and match[4]:
+        value = read(match[4])
+        return Choice((match[1] or match[2] or match[3]).lower(), value) if value is not None else None
     for form in (_read_text, _read_list, _read_sides, _read_group, _read_quantity):
         if (reading := form(text)) is not None:
             return reading
@@ -212,7 +212,7 @@ def _read_text(text: str) -> Reading | None:
         return Numeral(match[1].lower(), match[2])
     plain = _unwrapped(text)
     if match := re.fullmatch(r"\(?([A-Za-z])\)?\.?", plain):
-        return read_or_none(match[1])
+        return _as_formula(match[1])
     is_words = _WORD.fullmatch(plain) and not {"and", "or"} & set(plain.split())
     if plain != text and _TEXT.fullmatch(text):
         inner = None if is_words else read(plain)
@@ -222,7 +222,7 @@ def _read_text(text: str) -> Reading | None:
     return None
 
 
-def read_or_none(text: str) -> Formula | None:
+def _as_formula(text: str) -> Formula | None:
     expression = read_formula(text)
     return Formula(expression) if expression is not None else None
 
@@ -284,9 +284,7 @@ def _read_sides(text: str) -> Reading | None:
         readings = tuple(read(part) for part in parts)
         return None if None in readings else Ratio(readings)
     sides, signs = split(text.replace("<=", r"\le ").replace(">=", r"\ge "), _SIGNS)
-    if not signs:
-        return None
-    if not all(sides):
+    if not signs or not all(sides):
         return None
     if set(signs) <= {"=", r"\in"}:
         return _equation(sides)
@@ -319,7 +317,7 @@ def _read_quantity(text: str) -> Reading | None:
         bare = _DEGREES.sub("", bare).strip()
     if bare and bare != text and re.search(r"[0-9A-Za-z]", bare):
         return read(bare)
-    return read_or_none(text)
+    return _as_formula(text)
 
 
 @cache

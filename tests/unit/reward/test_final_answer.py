@@ -52,9 +52,13 @@ def test_explicit_answers(text: str, answer: str | None) -> None:
     ("text", "answer"),
     [
         ("the answer is 1. the answer is 2.", "2"),
-        ("The answer is $\\frac{1}{2}$, because of that", r"$\frac{1}{2}$"),
+        ("The answer is $\\frac{1}{2}$, because of that", r"\frac{1}{2}$"),
         ("Answer: 3.5; next", "3.5"),
         ("the answers are 1 and 2.\nDone", "1 and 2"),
+        ("The answer is 42! Good.", "42"),
+        ("The answer is $5!$.", "5!$"),
+        ("Answer:\n\\[\nx = 5\n\\]", "x = 5"),
+        ("Answer:\n$$\nx = 5\n$$", "x = 5"),
         ("no statement", None),
     ],
 )
@@ -88,6 +92,10 @@ def test_mathematics_has_no_words() -> None:
         ("so $x = 3$", "3", 1.0),
         ("so $1 < x < 3$", "(1,3)", 1.0),
         ("so $(1,3)$", "(1,3)", 1.0),
+        ("The answer is: $$x = 5$$", "5", 1.0),
+        ("Answer: C) 12", "12", 1.0),
+        ("Answer: C) 12", "C", 1.0),
+        ("Answer: B. 12", "C", 0.0),
     ],
 )
 def test_answers_in_prose(response: str, answer: str, score: float) -> None:
