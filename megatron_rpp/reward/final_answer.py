@@ -33,7 +33,7 @@ _TEXT_GROUP = re.compile(r"\\(?:text\w*|mathrm|mbox)\s*\{[^{}]*\}")
 
 _PHRASE = re.compile(r"answers?(?:\s+(?:is|are)(?:\s*:)?|\s*:)[\s$]*?(?=\S)", re.IGNORECASE)
 _CLAUSE_END = re.compile(
-    r"\n | [.!](?=\s|$) | ;\s | ,\s(?=[a-z]{2,}\s) | \s(?=(?:because|since|so|which|where|when|for)\s)",
+    r"\n | (?<!\\)[.!](?=\s|$) | ;\s | ,\s(?=[a-z]{2,}\s) | \s(?=(?:because|since|so|which|where|when|for)\s)",
     re.VERBOSE,
 )
 _OPENING = re.compile(r"^(?:[\s$]|\\\[|\\\()+")

@@ -56,6 +56,7 @@ def test_explicit_answers(text: str, answer: str | None) -> None:
         ("Answer: 3.5; next", "3.5"),
         ("the answers are 1 and 2.\nDone", "1 and 2"),
         ("The answer is 42! Good.", "42"),
+        (r"The answer is $11,\! 111$.", r"11,\! 111$"),
         ("The answer is $5!$.", "5!$"),
         ("Answer:\n\\[\nx = 5\n\\]", "x = 5"),
         ("Answer:\n$$\nx = 5\n$$", "x = 5"),
