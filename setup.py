@@ -19,7 +19,8 @@ setup(
     version=VERSION,
     description="REINFORCE++ post-training of large reasoning models on Megatron-Core and SGLang",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
+    classifiers=[f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12", "3.13")],
     package_dir={"megatron_rpp": "megatron_rpp", "megatron_rpp_patches": "patches"},
     packages=[
         *find_packages(include=["megatron_rpp", "megatron_rpp.*"]),

@@ -22,6 +22,7 @@ from megatron_rpp.host import num_gpus
 Status = Literal["ok", "warn", "FAIL"]
 Versions = Callable[[str], str | None]
 GIB = 2**30
+PYTHONS = ((3, 11), (3, 12), (3, 13))  # tools/bootstrap.sh and setup.py name the same ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,9 @@ def installed_version(name: str) -> str | None:
 
 
 def check_python(version: tuple[int, ...]) -> Finding:
-    text = ".".join(map(str, version))
-    if version < (3, 11):
-        return Finding("python", "FAIL", f"{text}, the source needs 3.11", "make the environment with Python 3.11 (tools/bootstrap.sh)")
-    if version > (3, 11):
-        return Finding("python", "warn", f"{text}; the tested set of packages is for 3.11", "use Python 3.11 where you can")
+    if version not in PYTHONS:
+        text = f"{'.'.join(map(str, version))}; Python 3.11, 3.12 or 3.13 is needed"
+        return Finding("python", "FAIL", text, "make the environment anew with one of these: bash tools/bootstrap.sh")
     return Finding("python", "ok", f"{platform.python_version()} on {platform.machine()}")
 
 

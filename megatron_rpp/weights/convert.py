@@ -244,11 +244,15 @@ def _assemble(source: HFCheckpoint, box: _Box) -> Tensor:
     return matrix.view(box.sizes)
 
 
-def _blob(value: Any) -> memoryview:
-    """What `torch.save` writes. In memory, for on a full disk it raises something that hides the reason."""
+def _blob(value: Any) -> bytes:
+    """What `torch.save` writes. In memory, for on a full disk it raises something that hides the reason.
+
+    getvalue() shares the buffer's memory as getbuffer() does. A traceback that holds a view from getbuffer() makes
+    Python 3.12.1 crash at its next garbage collection (python/cpython issue 111049).
+    """
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    return buffer.getbuffer()
+    return buffer.getvalue()
 
 
 def _finish_megatron(

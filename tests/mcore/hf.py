@@ -1,19 +1,16 @@
-"""transformers, importable beside a torch without CUDA."""
+"""transformers, importable beside any build of torch."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
-import torch
-
-_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+from megatron_rpp_patches.sglang.p100_torchvision_schemas import PATCH
 
 
 def transformers() -> ModuleType:
-    """The module. Its text models import torchvision, whose wheel registers functions for operators that only CUDA builds load."""
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", _SCHEMA)
+    """The module. Its text models import torchvision, which p100 makes importable where its C++ part cannot load."""
+    if PATCH.inactive() is None:
+        PATCH.enable()
     import transformers
 
     return transformers
