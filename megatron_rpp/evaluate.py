@@ -9,7 +9,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.engines import await_engines, open_engines
 from megatron_rpp.errors import ConfigError
 from megatron_rpp.heldout import evaluate, held_out_sampling
-from megatron_rpp.inputs import many_truncated_warning, open_codec, read_prompts
+from megatron_rpp.inputs import held_out_limit, many_truncated_warning, open_codec, read_prompts
 from megatron_rpp.process import open_process
 
 VERSION = 0  # of the weights in the directory, which the engine loads by itself
@@ -28,7 +28,7 @@ def evaluate_model(cfg: Config) -> None:
             fix="convert it first: python tools/convert_megatron_to_hf.py",
         )
     with open_process(cfg, "eval") as process:
-        codec = open_codec(process)
+        codec = open_codec(process, policy_only=True)
         (held_out,) = read_prompts(process, codec, [cfg.data.eval])
         sampling = held_out_sampling(cfg, codec.stop.ids)
         longest = cfg.data.max_prompt_tokens + sampling.max_tokens
@@ -43,6 +43,6 @@ def evaluate_model(cfg: Config) -> None:
                 table=process.dir.path / "eval" / "model.jsonl",
                 progress=partial(process.log.progress, "evaluation"),
             )
-        if text := many_truncated_warning(result.truncated_frac, "eval.max_response_tokens", codec):
+        if text := many_truncated_warning(result.truncated_frac, held_out_limit(cfg), codec):
             process.log.warn(text)
         process.log.evaluation(0, result.as_metrics())

@@ -21,7 +21,7 @@ from megatron_rpp.draw import Drawn, draw
 from megatron_rpp.engines import Sampler, await_engines, open_engines, open_path, record_engines
 from megatron_rpp.errors import NumericsError, StaleWeightsError
 from megatron_rpp.heldout import evaluate, held_out_sampling
-from megatron_rpp.inputs import Inputs, many_truncated_warning, read_inputs
+from megatron_rpp.inputs import Inputs, held_out_limit, many_truncated_warning, read_inputs
 from megatron_rpp.mcore.critic import Critic
 from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.observe.rollout import rollout_metrics
@@ -317,7 +317,7 @@ class Session:
                 table=self.process.dir.path / "eval" / f"step-{step:06d}.jsonl",
                 progress=partial(self.log.progress, f"evaluation at step {step}"),
             )
-        if text := many_truncated_warning(result.truncated_frac, "eval.max_response_tokens", self._codec):
+        if text := many_truncated_warning(result.truncated_frac, held_out_limit(self.cfg), self._codec):
             self.log.warn(f"evaluation at step {step}: {text}", once="many_truncated_eval")
         self.log.evaluation(step, result.as_metrics(), timing={"eval_s": clock.take()["step_s"]})
         self.clock.take()

@@ -21,12 +21,13 @@ def supervise(cfg: Config) -> None:
     Raises: ConfigError, DataError, NumericsError; CheckpointError when the result cannot be written.
     """
     _check(cfg)
-    codec = Codec.open(cfg)
+    codec = Codec.open(cfg, policy_only=True)
     examples = load_examples(cfg.data, codec, cfg.sft.train, max_tokens=cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens)
     optim = replace(cfg.optim, lr=cfg.sft.lr, warmup_steps=cfg.sft.warmup_steps, schedule="cosine")
     with open_process(cfg, "sft") as process:
         for warning in codec.warnings:
             process.log.warn(warning)
+        process.log.say(f"        responses end with {codec.stop.end} {codec.text_of(codec.stop.end)!r}")
         policy, live = open_policy(process, cfg=replace(cfg, optim=optim), total_steps=cfg.sft.steps)
         stream = PromptStream(examples.prompts, cfg.run.seed)
         for step in range(1, cfg.sft.steps + 1):

@@ -217,5 +217,5 @@ def _rebind(module: str, old: Any, new: Any) -> None:
 
 
 def all_patches(names: Iterable[str]) -> tuple[Patch, ...]:
-    """The patches of several sets, in order."""
-    return tuple(patch for name in names for patch in patches_of(name))
+    """The patches of several sets, in order; one that is in two sets comes once."""
+    return tuple({patch.id: patch for name in names for patch in patches_of(name)}.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rpp.config.schema import Config
-from megatron_rpp.data.stop_tokens import StopTokens, missing_config_warning, read_stop_tokens
+from megatron_rpp.data.stop_tokens import StopTokens, read_stop_tokens
 from megatron_rpp.data.template import EncodeError, Messages, Template, check_template, load_tokenizer, render
 from megatron_rpp.hf.model import read_model
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _CHARS_PER_TOKEN = 8  # where `is_longer` starts to look; text has about 4, and code with long blanks has more
 _THOUGHT = "<think>"
+_MARK = "RPPLASTMESSAGE"  # stands for the last message where only what follows it is wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Codec:
     tokenizer: of model.hf.
     vocab_size: rows of the embedding, of the smallest one when several models read the same tokens.
     stop: the tokens that end a response.
+    longest_token: characters of the longest token.
     template, system: as in the section `data`.
     warnings: what a user should know before the run starts.
     """
@@ -45,26 +47,30 @@ class Codec:
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     stop: StopTokens
+    longest_token: int
     template: Template = "chat"
     system: str | None = None
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, cfg: Config) -> Codec:
-        """The codec of model.hf. Raises: DataError, ConfigError when its files or the settings do not fit."""
+    def open(cls, cfg: Config, *, policy_only: bool = False) -> Codec:
+        """The codec of model.hf. policy_only: neither the reference nor the critic reads the tokens.
+
+        Raises: DataError, ConfigError when its files or the settings do not fit.
+        """
         hf = cfg.model.hf
         tokenizer = load_tokenizer(hf)
         check_template(tokenizer, cfg.data.template, cfg.data.system)
-        vocab_size = vocab_size_of(cfg)
+        vocab_size = vocab_size_of(cfg, policy_only=policy_only)
         stop = read_stop_tokens(
             hf,
             lambda text: tokenizer.encode(text, add_special_tokens=False),
             vocab_size=vocab_size,
             more=cfg.rollout.stop_tokens,
         )
-        found = (long_tokenizer_warning(len(tokenizer), vocab_size), missing_config_warning(hf, stop))
-        warnings = tuple(warning for warning in found if warning is not None)
-        return cls(tokenizer, vocab_size, stop, cfg.data.template, cfg.data.system, warnings)
+        warnings = (*long_tokenizer_warnings(len(tokenizer), vocab_size), *stop.warnings)
+        longest_token = max(map(len, tokenizer.get_vocab()))
+        return cls(tokenizer, vocab_size, stop, longest_token, cfg.data.template, cfg.data.system, warnings)
 
     def encode_prompt(self, problem: str | Messages) -> EncodedPrompt:
         """Token ids that the model continues: a rendered chat up to the assistant's turn, or the text itself.
@@ -81,10 +87,10 @@ class Codec:
             tokens = self._encode(problem, add_special_tokens=True)
             return EncodedPrompt(self._checked(tokens, "prompt"), _open_thought(problem))
         messages = self._messages(problem)
-        text = render(self.tokenizer, messages, with_turn=True)
-        before = render(self.tokenizer, messages, with_turn=False)
-        tokens = self._encode(text)  # the template has written the special tokens
-        return EncodedPrompt(self._checked(tokens, "prompt"), text.removeprefix(before))
+        tokens = self._encode(render(self.tokenizer, messages))  # the template has written the special tokens
+        # Rendered once more with a mark for the last message: its own text may look like the template's.
+        marked = render(self.tokenizer, [*messages[:-1], messages[-1] | {"content": _MARK}])
+        return EncodedPrompt(self._checked(tokens, "prompt"), marked.rpartition(_MARK)[2])
 
     def encode_response(self, text: str) -> tuple[int, ...]:
         """Token ids of a response to imitate, with the end token. Raises: EncodeError when a token has no row in the model."""
@@ -105,11 +111,8 @@ class Codec:
         at the end of a prefix may split one token into as many as it has characters; these do not count.
         """
         size = _CHARS_PER_TOKEN * max_tokens
-        if size >= len(text):
-            return False
-        longest_token = max(map(len, self.tokenizer.get_vocab()))
         while size < len(text):
-            if len(self._encode(text[:size])) > max_tokens + longest_token:
+            if len(self._encode(text[:size])) > max_tokens + self.longest_token:
                 return True
             size *= 2
         return False
@@ -133,28 +136,30 @@ class Codec:
             if not 0 <= token < self.vocab_size:
                 name = self.tokenizer.convert_ids_to_tokens(token)
                 raise EncodeError(
-                    f"{what} token {token} ({name!r}, at place {place}) is not in the model, "
+                    f"{what} token {token} ({name!r}, at position {place}) is not in the model, "
                     f"which has {self.vocab_size} rows (vocab_size in config.json)"
                 )
         return tuple(tokens)
 
 
-def vocab_size_of(cfg: Config) -> int:
-    """Rows of the smallest embedding among the policy, the reference and the critic. Raises: ConfigError."""
-    models: set[Path] = {cfg.model.hf, cfg.model.ref or cfg.model.hf}
-    if cfg.algo.estimator == "gae":
-        models.add(cfg.critic.hf or cfg.model.hf)
+def vocab_size_of(cfg: Config, *, policy_only: bool = False) -> int:
+    """Rows of the smallest embedding among the policy and, in training, the reference and the critic. Raises: ConfigError."""
+    models: set[Path] = {cfg.model.hf}
+    if not policy_only and cfg.model.ref is not None:
+        models.add(cfg.model.ref)
+    if not policy_only and cfg.critic.hf is not None and cfg.algo.estimator == "gae":
+        models.add(cfg.critic.hf)
     return min(read_model(hf, for_engine=True).vocab_size for hf in models)
 
 
-def long_tokenizer_warning(num_tokens: int, vocab_size: int) -> str | None:
+def long_tokenizer_warnings(num_tokens: int, vocab_size: int) -> list[str]:
     """What a user has to know about a tokenizer with more tokens than the model has rows."""
     if num_tokens <= vocab_size:
-        return None
-    return (
+        return []
+    return [
         f"the tokenizer has {num_tokens} tokens and the model has {vocab_size} rows: "
-        f"a text that needs a token from {vocab_size} on is refused"
-    )
+        f"texts with token ids of {vocab_size} or more are refused"
+    ]
 
 
 def _open_thought(text: str) -> str:

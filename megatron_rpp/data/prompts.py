@@ -63,7 +63,8 @@ def load_prompts(cfg: Data, codec: Codec, *, path: Path | None = None) -> Prompt
     if bad_rows and cfg.on_bad_row == "error":
         raise _bad_rows_error(path, bad_rows, len(prompts))
     if not prompts:
-        raise DataError("the file holds no usable row", where=str(path), got=f"{len(bad_rows)} bad rows" if bad_rows else "an empty file")
+        got = _listed(bad_rows) if bad_rows else "an empty file"
+        raise DataError("the file holds no usable row", where=str(path), got=got)
     return PromptSet(path, tuple(prompts.values()), tuple(bad_rows))
 
 
@@ -155,15 +156,20 @@ def _text(value: object, key: str) -> str:
 
 
 def _bad_rows_error(path: Path, bad_rows: list[BadRow], num_good: int) -> DataError:
-    shown = [f"    {bad}" for bad in bad_rows[:MAX_BAD_ROWS_SHOWN]]
-    if len(bad_rows) > MAX_BAD_ROWS_SHOWN:
-        shown.append(f"    ... and {len(bad_rows) - MAX_BAD_ROWS_SHOWN} more")
     return DataError(
         f"{len(bad_rows)} of {len(bad_rows) + num_good} rows cannot be used",
         where=str(path),
-        got="\n" + "\n".join(shown),
+        got=_listed(bad_rows),
         fix="mend the rows, or set data.on_bad_row=skip to leave them out",
     )
+
+
+def _listed(bad_rows: list[BadRow]) -> str:
+    """The first of them, a line each."""
+    shown = [f"    {bad}" for bad in bad_rows[:MAX_BAD_ROWS_SHOWN]]
+    if len(bad_rows) > MAX_BAD_ROWS_SHOWN:
+        shown.append(f"    ... and {len(bad_rows) - MAX_BAD_ROWS_SHOWN} more")
+    return "\n" + "\n".join(shown)
 
 
 class PromptStream:
@@ -189,8 +195,11 @@ class PromptStream:
         """Prompts of an epoch that are none of `uids`."""
         return sum(prompt.uid not in uids for prompt in self._prompts)
 
-    def check_enough(self, count: int, *, without: Set[str] = frozenset()) -> None:
-        """Raises: DataError when `count` different prompts, none of `without`, cannot be taken."""
+    def take(self, count: int, *, without: Set[str] = frozenset()) -> tuple[Prompt, ...]:
+        """The next `count` prompts that are none of `without` (what was taken just before, and must not come again so soon).
+
+        Raises: DataError when there are fewer in the whole set.
+        """
         if not 1 <= count <= self.num_without(without):
             raise DataError(
                 f"{count} different prompts were asked for",
@@ -198,13 +207,6 @@ class PromptStream:
                 expected=f"1 to {len(self._prompts)}, the usable prompts of data.train",
                 fix="lower rollout.prompts_per_step or add prompts",
             )
-
-    def take(self, count: int, *, without: Set[str] = frozenset()) -> tuple[Prompt, ...]:
-        """The next `count` prompts that are none of `without` (what was taken just before, and must not come again so soon).
-
-        Raises: DataError when there are fewer in the whole set.
-        """
-        self.check_enough(count, without=without)
         taken = self._pick(count, without)
         if missing := count - len(taken):
             avoided = [index for index, prompt in enumerate(self._prompts) if prompt.uid in without and index not in taken]
@@ -231,7 +233,8 @@ class PromptStream:
         self._epoch, self._held_back = epoch, list(held_back)
         self._order = [index for index in order if index not in last] + self._held_back
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """Of the prompts, their order in the file and the seed."""
         digest = hashlib.blake2b(str(self._seed).encode(), digest_size=16)
         for prompt in self._prompts:
             digest.update(prompt.uid.encode())
@@ -239,15 +242,15 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, object]:
         """What `load_state_dict` needs to go on: plain JSON values."""
-        return {"fingerprint": self._fingerprint(), "epoch": self._epoch, "position": self._position, "held_back": self._held_back}
+        return {"fingerprint": self.fingerprint(), "epoch": self._epoch, "position": self._position, "held_back": self._held_back}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on where `state` was taken. Raises: DataError when it belongs to other prompts, another order or another seed."""
-        if state["fingerprint"] != self._fingerprint():
+        if state["fingerprint"] != self.fingerprint():
             raise DataError(
                 "the saved position belongs to other prompts or another seed",
                 where="PromptStream",
-                expected=f"state of prompts {self._fingerprint()}",
+                expected=f"state of prompts {self.fingerprint()}",
                 got=state["fingerprint"],
                 fix="resume with the data.train and run.seed that the checkpoint was made with, or start a new run directory",
             )

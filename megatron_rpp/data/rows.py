@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from megatron_rpp.errors import DataError
 
@@ -56,10 +58,10 @@ def number_text(value: object) -> str | None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
-    if not math.isfinite(value):
-        raise ValueError(f"is {value}, which is not a finite number")
     if isinstance(value, int):
         return str(value)
+    if not math.isfinite(value):
+        raise ValueError(f"is {value}, which is not a finite number")
     text = f"{Decimal(repr(value)) if isinstance(value, float) else value:f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
@@ -97,10 +99,8 @@ def _iter_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row | BadRow]:
         raise DataError("parquet files need pyarrow", where=str(path), fix="pip install pyarrow, or convert the file to .jsonl") from None
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
             for name in columns:
-                if name not in names and name.partition(".")[0] not in names:
-                    raise DataError(f"column {name!r} is missing", where=str(path), got=", ".join(names))
+                _check_column(name, {field.name: field.type for field in file.schema_arrow}, path, arrow.types)
             number = 0
             for batch in file.iter_batches(columns=list(columns)):  # "a.b" reads the field b of column a alone
                 for fields in batch.to_pylist():
@@ -108,3 +108,19 @@ def _iter_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row | BadRow]:
                     yield Row(number, fields)
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError("the parquet file does not read", where=str(path), got=f"{type(error).__name__}: {error}") from error
+
+
+def _check_column(name: str, kinds: Mapping[str, Any], path: Path, types: ModuleType) -> None:
+    """Raises: DataError when no column, or no field of a nested one, has that name. kinds: of the columns."""
+    if name in kinds:
+        return
+    first, _, rest = name.partition(".")
+    if first not in kinds:
+        raise DataError(f"column {name!r} is missing", where=str(path), got=", ".join(kinds))
+    if not types.is_struct(kinds[first]):
+        what = f"column {first!r} has no fields"
+        raise DataError(what, where=str(path), expected=f"an object with the field {rest!r}", got=str(kinds[first]))
+    fields = {field.name: field.type for field in kinds[first]}
+    if rest not in fields and rest.partition(".")[0] not in fields:
+        raise DataError(f"column {first!r} has no field {rest!r}", where=str(path), got=", ".join(fields))
+    _check_column(rest, fields, path, types)

@@ -36,9 +36,13 @@ class StopToken:
 
 @dataclass(frozen=True, slots=True)
 class StopTokens:
-    """Every token that ends a response, the preferred one first."""
+    """Every token that ends a response, the preferred one first.
+
+    warnings: end tokens that are named and cannot be used, and a tokenizer without its configuration.
+    """
 
     tokens: tuple[StopToken, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -59,18 +63,21 @@ def read_stop_tokens(hf_dir: Path, encode: Encode, *, vocab_size: int, more: Seq
     """The union of what the tokenizer's files, generation_config.json, config.json and `more` name.
 
     encode: the tokenizer's.
-    vocab_size: rows of the model's embedding. A token that a file names without a row can never be sampled; it is left out.
+    vocab_size: rows of the model's embedding. A named token without a row can never be sampled; it is left out with a warning.
     more: the setting rollout.stop_tokens, token ids or the texts of single tokens.
     Raises: ConfigError for an entry of `more` that is no token of the model; DataError when nothing ends a response, or a
     file does not read.
     """
     found: dict[int, list[str]] = {}
     named: list[str] = []
+    unusable: list[str] = []
     for source, value in _named_tokens(hf_dir):
         ids = encode(value) if isinstance(value, str) else (value,)
         named.append(f"{value!r} in {source}")
         if len(ids) == 1 and 0 <= ids[0] < vocab_size:
             found.setdefault(ids[0], []).append(source)
+        else:
+            unusable.append(f"the end token {value!r} of {hf_dir / source} is not a token of the model: no response ends with it")
     for value in more:
         found.setdefault(_single_token(value, encode, vocab_size), []).append(SETTING)
     if not found:
@@ -81,22 +88,17 @@ def read_stop_tokens(hf_dir: Path, encode: Encode, *, vocab_size: int, more: Seq
             got=", ".join(named) or "none",
             fix=f"set eos_token_id in generation_config.json, or {SETTING}, for example ['<|im_end|>']",
         )
-    return StopTokens(tuple(StopToken(token, tuple(sources)) for token, sources in found.items()))
-
-
-def missing_config_warning(hf_dir: Path, stop: StopTokens) -> str | None:
-    """What a user has to know when the tokenizer's own configuration is missing: what ends a response then."""
-    if any((hf_dir / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    ends = ", ".join(f"{token.id} ({', '.join(token.sources)})" for token in stop.tokens)
-    return f"{hf_dir} has no {TOKENIZER_CONFIG}: the tokenizer names no end token, and responses end at {ends}"
+    if not any((hf_dir / name).is_file() for name in _TOKENIZER_FILES):
+        ends = ", ".join(f"{token} ({', '.join(sources)})" for token, sources in found.items())
+        unusable.append(f"{hf_dir} has no {TOKENIZER_CONFIG}: the tokenizer names no end token; stop tokens: {ends}")
+    return StopTokens(tuple(StopToken(token, tuple(sources)) for token, sources in found.items()), tuple(unusable))
 
 
 def _named_tokens(hf_dir: Path) -> Iterator[tuple[str, int | str]]:
     """(file, id or text) of every end token that the directory names."""
     yield from _tokenizer_token(hf_dir)
     for name in _MODEL_FILES:
-        value = _read(hf_dir / name).get("eos_token_id")
+        value = read_object(hf_dir / name).get("eos_token_id")
         for token in value if isinstance(value, list) else [value]:
             if isinstance(token, bool) or not isinstance(token, int | None):
                 where, expected = f"{hf_dir / name}: eos_token_id", "a token id, or a list of token ids"
@@ -112,7 +114,7 @@ def _tokenizer_token(hf_dir: Path) -> Iterator[tuple[str, str]]:
     used.
     """
     for name in _TOKENIZER_FILES:
-        raw = _read(hf_dir / name)
+        raw = read_object(hf_dir / name)
         if "eos_token" not in raw:
             continue
         token = raw["eos_token"]
@@ -142,7 +144,7 @@ def _single_token(value: int | str, encode: Encode, vocab_size: int) -> int:
     return ids[0]
 
 
-def _read(path: Path) -> dict[str, object]:
+def read_object(path: Path) -> dict[str, object]:
     """A JSON object, empty where there is no such file. Raises: DataError."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

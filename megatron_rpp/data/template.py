@@ -21,10 +21,13 @@ class EncodeError(ValueError):
 
 def load_tokenizer(hf_dir: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local HF directory; nothing is downloaded. Raises: DataError when there is none or it does not load."""
-    from transformers import AutoTokenizer
-
     if not hf_dir.is_dir():
         raise DataError("there is no such directory", where=f"tokenizer {hf_dir}", fix="set model.hf to a downloaded HF directory")
+    import megatron_rpp_patches
+
+    megatron_rpp_patches.apply("torchvision")  # Llama's classes import torchvision, which a CPU build of torch cannot load
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
     except Exception as error:  # the tokenizers library raises a bare one for a file that it does not understand
@@ -33,12 +36,15 @@ def load_tokenizer(hf_dir: Path) -> PreTrainedTokenizerBase:
 
 def load_error(hf_dir: Path, error: Exception) -> DataError:
     """The error to raise for a tokenizer whose files do not load."""
+    fix = "download the tokenizer's files again, or save them with this version of transformers"
+    if isinstance(error, ImportError):
+        fix = "install the package that the error names, for example sentencepiece for a tokenizer.model"
     return DataError(
         "the tokenizer does not load",
         where=f"tokenizer {hf_dir}",
         expected="tokenizer.json and tokenizer_config.json that the installed transformers and tokenizers read",
         got=f"{type(error).__name__}: {error}",
-        fix="download the tokenizer's files again, or save them with this version of transformers",
+        fix=fix,
     )
 
 
@@ -66,8 +72,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template: Template, syste
         )
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, with_turn: bool) -> str:
-    """The conversation as the chat template writes it. with_turn: the start of the assistant's turn is written too.
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """The conversation as the chat template writes it, up to the start of the assistant's turn.
 
     Raises: EncodeError when the template refuses the messages or fails on them; DataError when it does not parse, which
     no row can change.
@@ -75,7 +81,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, with_turn:
     from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=with_turn)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateSyntaxError as error:
         raise DataError(
             "the chat template does not parse",

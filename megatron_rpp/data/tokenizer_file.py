@@ -1,13 +1,19 @@
-"""What `rpp check` says about a tokenizer, from tokenizer.json alone: in a fraction of a second, without transformers."""
+"""What `rpp check` says about a tokenizer: from tokenizer.json alone, in a fraction of a second, where that is enough."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_rpp.config.schema import Config
-from megatron_rpp.data.codec import long_tokenizer_warning, vocab_size_of
-from megatron_rpp.data.stop_tokens import missing_config_warning, read_stop_tokens
+from megatron_rpp.data.codec import Codec, long_tokenizer_warnings, vocab_size_of
+from megatron_rpp.data.stop_tokens import TOKENIZER_CONFIG, StopTokens, read_object, read_stop_tokens
 from megatron_rpp.data.template import load_error
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FILE = "tokenizer.json"
 
@@ -25,7 +31,7 @@ class TokenizerPreview:
 
 
 def preview_tokenizer(cfg: Config) -> TokenizerPreview:
-    """Read model.hf/tokenizer.json. Raises: DataError, ConfigError for what would end the run at its start."""
+    """Read the tokenizer of model.hf. Raises: DataError, ConfigError for what would end the run at its start."""
     hf = cfg.model.hf
     try:
         from tokenizers import Tokenizer
@@ -37,14 +43,24 @@ def preview_tokenizer(cfg: Config) -> TokenizerPreview:
         tokenizer = Tokenizer.from_file(str(hf / FILE))
     except Exception as error:  # it raises a bare Exception for a file that it does not understand
         raise load_error(hf, error) from error
+    if _gets_more_tokens(hf, tokenizer):
+        codec = Codec.open(cfg)  # takes seconds: only transformers knows what it adds
+        return TokenizerPreview(codec.stop.describe(codec.text_of), codec.warnings)
     vocab_size = vocab_size_of(cfg)
-    stop = read_stop_tokens(
-        hf,
-        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-        vocab_size=vocab_size,
-        more=cfg.rollout.stop_tokens,
-    )
-    num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
-    found = (long_tokenizer_warning(num_tokens, vocab_size), missing_config_warning(hf, stop))
+    encode: Callable[[str], Sequence[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    stop: StopTokens = read_stop_tokens(hf, encode, vocab_size=vocab_size, more=cfg.rollout.stop_tokens)
     text = stop.describe(lambda token: tokenizer.decode([token], skip_special_tokens=False))
-    return TokenizerPreview(text, tuple(warning for warning in found if warning is not None))
+    num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+    return TokenizerPreview(text, (*long_tokenizer_warnings(num_tokens, vocab_size), *stop.warnings))
+
+
+def _gets_more_tokens(hf: Path, tokenizer: Tokenizer) -> bool:
+    """Whether tokenizer_config.json names tokens that tokenizer.json does not have; transformers adds them."""
+    config = read_object(hf / TOKENIZER_CONFIG)
+    added = config.get("added_tokens_decoder")
+    named = [*(added.values() if isinstance(added, dict) else ()), *(value for key, value in config.items() if key.endswith("_token"))]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(key) or ()
+        named += more.values() if isinstance(more, dict) else more
+    texts = [token.get("content") if isinstance(token, dict) else token for token in named]
+    return any(isinstance(text, str) and tokenizer.token_to_id(text) is None for text in texts)

@@ -33,7 +33,7 @@ def test_stop_tokens_of_the_setting_end_responses_in_training_and_evaluation(
     assert max(truncated) < 0.5 < before[0]
     assert "ran into the length limit" not in run.output
     assert uninterrupted.output.count("of the responses ran into the length limit (rollout.max_response_tokens)") == 1
-    assert "a response ends at 1 '<|end|>' (tokenizer_config.json, generation_config.json, config.json)" in uninterrupted.output
+    assert "stop tokens: 1 '<|end|>' (tokenizer_config.json, generation_config.json, config.json)" in uninterrupted.output
 
 
 def test_the_end_token_of_the_tokenizer_ends_responses_whatever_config_json_says(yaml: Path, assets: Path, tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_the_end_token_of_the_tokenizer_ends_responses_whatever_config_json_says
     words += ("reward.name=tests.e2e.rewards:sees_the_assistants_turn",)
     code, output = runs.rpp("eval", str(yaml), f"run.dir={tmp_path / 'run'}", *ONE_STEP, *words)
     assert code == 0, output
-    assert f"responses end at 200 {tokenizer.decode([200])!r} (tokenizer_config.json), 3 '<|user|>' (config.json)" in output
+    assert f"stop tokens: 200 {tokenizer.decode([200])!r} (tokenizer_config.json), 3 '<|user|>' (config.json)" in output
     rows = [json.loads(line) for line in (tmp_path / "run" / "rpp-eval" / "eval" / "model.jsonl").read_text().splitlines()]
     assert any(row["num_tokens"] < 24 for row in rows)
     assert [row["score"] for row in rows] == [1.0] * 128
@@ -64,8 +64,11 @@ def _prompt_beyond_the_model(assets: Path, folder: Path) -> tuple[str, ...]:
 
 
 INPUTS = {
-    "too few prompts": (lambda assets, folder: ("rollout.prompts_per_step=5000",), "5000 different prompts were asked for"),
-    "a token without a row": (_prompt_beyond_the_model, "train.jsonl:2: prompt token 324 ('<new59>', at place 5) is not in the model"),
+    "too few prompts": (
+        lambda assets, folder: ("rollout.prompts_per_step=5000",),
+        "train.jsonl: there are fewer prompts than one step takes",
+    ),
+    "a token without a row": (_prompt_beyond_the_model, "train.jsonl:2: prompt token 324 ('<new59>', at position 5) is not in the model"),
     "no end token": (
         lambda assets, folder: (f"model.hf={_without_end(copy_model(assets, folder / 'model', eos_token_id=None))}",),
         "no token ends a response",
@@ -90,6 +93,26 @@ def test_inputs_that_cannot_be_used_end_a_run_before_an_engine_starts(kind: str,
     assert run.output.count("rpp train: ") == 1
     assert "Traceback" not in run.output
     assert not list((run.dir / "logs").glob("engine-*.log"))
+
+
+def test_llama_loads_its_tokenizer_beside_a_cpu_build_of_torch(yaml: Path, assets: Path, tmp_path: Path) -> None:
+    """transformers imports torchvision with Llama's classes, and torchvision's C++ part needs CUDA."""
+    model = copy_model(assets, tmp_path / "model", model_type="llama", architectures=["LlamaForCausalLM"])
+    words = (f"model.hf={model}", f"sft.train={assets / 'sft.jsonl'}", f"sft.out={tmp_path / 'out'}", "sft.steps=1", "sft.warmup_steps=0")
+    code, output = runs.rpp("sft", str(yaml), f"run.dir={tmp_path / 'run'}", "parallel.tp=1", "rollout.max_response_tokens=64", *words)
+    assert code == 0, output
+    assert "responses end with 1 '<|end|>'" in output
+
+
+def test_ranks_that_read_different_prompts_stop_together(yaml: Path, assets: Path, tmp_path: Path) -> None:
+    """Hosts may hold different files under one name; here the name depends on the rank."""
+    torchrun = ("--nproc-per-node=2", "--standalone", "-m", "tests.e2e.another_file_on_rank_1")
+    words = ("train", str(yaml), f"run.dir={tmp_path / 'run'}", "run.steps=1")
+    code, output = runs.rpp(*torchrun, *words, module="torch.distributed.run")
+    assert code == 1, output
+    assert "the ranks read different prompts from this file" in output
+    assert "another one on ranks 1" in output
+    assert not list((tmp_path / "run" / "logs").glob("engine-*.log"))
 
 
 def test_a_warm_up_on_a_token_without_a_row_is_refused_with_its_line(yaml: Path, assets: Path, tmp_path: Path) -> None:

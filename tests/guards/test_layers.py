@@ -26,7 +26,7 @@ LAYERS = (
 SIBLINGS = {("stats", "dist"), ("config", "hf"), ("reward", "data")}
 
 STORE = "megatron_rpp/rollout/queue"  # a store that leaders share; no process group
-APPLY_PATCHES = ("megatron_rpp/mcore/init", "megatron_rpp/rollout/worker", "megatron_rpp/process")
+APPLY_PATCHES = ("megatron_rpp/mcore/init", "megatron_rpp/rollout/worker", "megatron_rpp/process", "megatron_rpp/data/template")
 # library -> the files that may import it, as prefixes of their paths. Everything else speaks to it through them.
 FENCE = {
     "megatron": ("megatron_rpp/mcore/", "patches/megatron_core/", "tests/", "tools/"),

@@ -35,7 +35,8 @@ def byte_codec(
     """A codec of the byte tokenizer, or of another, with one row for each of its tokens. end: the only stop token."""
     tokenizer = tokenizer or byte_tokenizer()
     stop = StopTokens((StopToken(end, ("config.json",)),))
-    return Codec(tokenizer, len(tokenizer) if vocab_size is None else vocab_size, stop, **settings)
+    longest = max(map(len, tokenizer.get_vocab()))
+    return Codec(tokenizer, len(tokenizer) if vocab_size is None else vocab_size, stop, longest, **settings)
 
 
 def make_prompt(number: int, num_tokens: int = 2) -> Prompt:

@@ -41,9 +41,9 @@ def test_a_response_token_without_a_row_is_refused_with_its_place() -> None:
     tokenizer = byte_tokenizer()
     rows = len(tokenizer)
     tokenizer.add_tokens(["<new>"])
-    with pytest.raises(EncodeError, match=rf"response token {rows} \('<new>', at place 1\) is not in the model"):
+    with pytest.raises(EncodeError, match=rf"response token {rows} \('<new>', at position 1\) is not in the model"):
         byte_codec(tokenizer, vocab_size=rows).encode_response("a<new>")
-    with pytest.raises(EncodeError, match=rf"response token {rows} .*at place 2"):
+    with pytest.raises(EncodeError, match=rf"response token {rows} .*at position 2"):
         byte_codec(tokenizer, vocab_size=rows, end=rows).encode_response("ab")  # the end token itself
 
 

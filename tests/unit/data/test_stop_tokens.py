@@ -137,9 +137,7 @@ def test_a_missing_tokenizer_config_does_not_change_the_end_token_in_silence(tmp
     (folder / "tokenizer_config.json").unlink()
     assert read_stop_tokens(folder, lambda text: [END], vocab_size=ROWS).ids == (TURN,)
     for warnings in (Codec.open(settings(folder)).warnings, preview_tokenizer(settings(folder)).warnings):
-        assert warnings == (
-            f"{folder} has no tokenizer_config.json: the tokenizer names no end token, and responses end at 257 (config.json)",
-        )
+        assert warnings == (f"{folder} has no tokenizer_config.json: the tokenizer names no end token; stop tokens: 257 (config.json)",)
 
 
 @pytest.mark.parametrize("entry", [{}, {"eos_token": None}])
@@ -165,7 +163,7 @@ def test_the_older_file_of_special_tokens_counts_where_the_newer_names_none(tmp_
 
 def test_a_tokenizer_longer_than_the_model_is_one_warning_with_both_sizes(tmp_path: Path) -> None:
     cfg = settings(make_model(tmp_path, config=5, rows=257))
-    expected = ("the tokenizer has 259 tokens and the model has 257 rows: a text that needs a token from 257 on is refused",)
+    expected = ("the tokenizer has 259 tokens and the model has 257 rows: texts with token ids of 257 or more are refused",)
     assert Codec.open(cfg).warnings == preview_tokenizer(cfg).warnings == expected
 
 
@@ -178,7 +176,38 @@ def test_the_smallest_embedding_counts(tmp_path: Path) -> None:
     assert Codec.open(replace(cfg, model=replace(cfg.model, ref=other))).vocab_size == 258
     critic = replace(cfg, critic=replace(cfg.critic, hf=other))
     assert Codec.open(critic).vocab_size == ROWS  # no critic without estimator gae
+    assert Codec.open(replace(critic, algo=replace(cfg.algo, estimator="gae")), policy_only=True).vocab_size == ROWS
+    absent = replace(cfg, model=replace(cfg.model, ref=tmp_path / "absent"))
+    assert Codec.open(absent, policy_only=True).vocab_size == ROWS  # rpp sft may be about to make it
     assert Codec.open(replace(critic, algo=replace(cfg.algo, estimator="gae"))).vocab_size == 258
+
+
+def test_a_named_end_token_that_is_no_token_of_the_model_is_a_warning(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, config=END, generation=ROWS + 7, tokenizer="<end>")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "two tokens"}))
+    stop = read_stop_tokens(folder, byte_tokenizer().encode, vocab_size=ROWS)
+    assert stop.ids == (END,)
+    assert stop.warnings == (
+        f"the end token 'two tokens' of {path} is not a token of the model: no response ends with it",
+        f"the end token {ROWS + 7} of {folder / 'generation_config.json'} is not a token of the model: no response ends with it",
+    )
+
+
+@pytest.mark.parametrize("key", ["eos_token", "added_tokens_decoder", "extra_special_tokens"])
+def test_the_check_knows_tokens_that_only_tokenizer_config_adds(tmp_path: Path, key: str) -> None:
+    folder = make_model(tmp_path, config=END)
+    path = folder / "tokenizer_config.json"
+    raw = json.loads(path.read_text()) | {"eos_token": "<|im_end|>"}
+    if key == "added_tokens_decoder":
+        raw[key] = {"270": {"content": "<|im_end|>", "special": True}}
+    elif key == "extra_special_tokens":
+        raw[key] = ["<|im_end|>"]
+    path.write_text(json.dumps(raw))
+    cfg = settings(folder)
+    codec = Codec.open(cfg)
+    assert codec.text_of(codec.stop.end) == "<|im_end|>"
+    assert preview_tokenizer(cfg).stop_tokens == codec.stop.describe(codec.text_of)
 
 
 def test_a_check_without_a_tokenizer_says_what_it_does_not_know(tmp_path: Path) -> None:
