@@ -129,6 +129,11 @@ def make_deepseek(assets: Path, folder: Path) -> Path:
     return _remake(assets, folder, changes)
 
 
+def make_llama(assets: Path, folder: Path) -> Path:
+    """The quickstart's model as a Llama with random weights."""
+    return _remake(assets, folder, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+
+
 def make_of_whole_blocks(assets: Path, folder: Path) -> Path:
     """The quickstart's model with random weights, in sizes that block FP8 takes; two trainer ranks cut its heads inside a block."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
