@@ -5,7 +5,7 @@
 
 A fixture is {"id", "estimator", "inputs", "expected", optionally "note" and "variants"}. What it expects is compared in float64 with
 the file's tolerance. Of the variants, which hold other conventions, those that an option of ours selects are compared too; the names
-of the others are printed. An input or an estimator that this tool does not know is refused, for it would change nothing; whole
+of the others are printed. An input or an estimator that this tool does not know is refused, because it would be ignored; whole
 estimators can be left out by name. The families are in tools/fixtures/, their inputs in forms.py there, the format in
 docs/golden_numbers.md.
 
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from fixtures import credit, losses, statistics
+from fixtures.correction import check_correction
 from fixtures.forms import check_inputs
 from fixtures.kinds import (
     ANSWER,
@@ -186,6 +187,8 @@ def check_known(fixtures: Sequence[Values], path: Path, chosen: Sequence[str]) -
                 fix=f"{fix}leave it out with --exclude {name}",
             )
         check_inputs(name, fixture["inputs"], f"{where}.inputs")
+        if name == "rollout_is":
+            check_correction(fixture["inputs"], fixture.get("note", ""), f"{where}.inputs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

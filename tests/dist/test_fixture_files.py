@@ -31,7 +31,12 @@ def tool() -> Iterator[ModuleType]:
         yield module
 
 
-SOUND = {"id": "gae-z", "estimator": "gae", "inputs": {"values": [[0.5]], "rewards": [1], "lam": 1, "lam_critic": 0}, "expected": {"lam": []}}
+SOUND = {
+    "id": "gae-z",
+    "estimator": "gae",
+    "inputs": {"values": [[0.5]], "rewards": [1], "lam": 1, "lam_critic": 0},
+    "expected": {"lam": []},
+}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +47,10 @@ SOUND = {"id": "gae-z", "estimator": "gae", "inputs": {"values": [[0.5]], "rewar
         ({"values": [[0.5]], "lam": "1"}, "fixtures[0].inputs.lam: wrong value; expected: a number in [0, 1]; got: '1'"),
         ({"values": [[0.5]], "lam": True}, "fixtures[0].inputs.lam: wrong value; expected: a number in [0, 1]; got: True"),
         ({"values": [[0.5]], "lam_critic": 1.5}, "fixtures[0].inputs.lam_critic: wrong value; expected: a number in [0, 1]; got: 1.5"),
-        ({"values": [[0.5]], "lam": 1, "alpha": 1}, "fixtures[0].inputs: one input would be ignored; expected: one of them; got: lam and alpha"),
+        (
+            {"values": [[0.5]], "lam": 1, "alpha": 1},
+            "fixtures[0].inputs: one input would be ignored; expected: one of them; got: lam and alpha",
+        ),
         ({"values": [[math.nan]]}, "fixtures[0].inputs.values[0][0]: wrong value; expected: a finite number; got: nan"),
         ({"values": [[10**400]]}, "fixtures[0].inputs.values[0][0]: wrong value; expected: a finite number; got: 1000"),
         ({"values": [0.5]}, "fixtures[0].inputs.values[0]: wrong type; expected: a list of lists, each entry a finite number; got: 0.5"),
@@ -81,6 +89,71 @@ def test_each_kind_of_fixture_knows_its_own_inputs(
     assert message in refused(write(tmp_path / "strange.json", [SOUND | {"estimator": estimator, "inputs": inputs}]), tool, capsys)
 
 
+RATIOS = {"logp_train_old": [[0]], "logp_rollout": [[0]], "mask": [[1]]}
+IGNORED = "one input would be ignored; expected: one of them; got: "
+
+
+@pytest.mark.parametrize(
+    ("rule", "note", "message"),
+    [
+        ({"low": 0.5, "high": 2, "reject_mode": "zero"}, "", f"inputs: {IGNORED}low and reject_mode"),
+        ({"high": 2, "reject_mode": "mask"}, "MIS", f"inputs: {IGNORED}high and reject_mode"),
+        ({"low": 0.5, "high": 2, "weight_normalize": True}, "", f"inputs: {IGNORED}low and weight_normalize"),
+        ({"weight_clip": [0, 1.5]}, "", "inputs.weight_clip: has no effect while weight is none"),
+        ({"weight_clip": [0, 2]}, "", "inputs.weight_clip: has no effect while weight is none"),
+        ({"weight_clip": None, "weight": "none"}, "", "inputs.weight_clip: has no effect while weight is none"),
+        ({"weight_normalize": False}, "", "inputs.weight_normalize: has no effect while weight is none"),
+        ({"reject_outside": [0.5, 2]}, "", "inputs.reject_outside: has no effect while reject is none"),
+        ({"weight": "token", "reject_outside": [0.5, 2]}, "", "inputs.reject_outside: has no effect while reject is none"),
+        ({"weight": "token", "reject_outside": None}, "", "inputs.reject_outside: has no effect while reject is none"),
+        ({"weight": "token", "reject_mode": "mask"}, "", "inputs.reject_mode: has no effect while reject is none and there is no veto"),
+        ({"low": 3, "high": 2}, "", "inputs.low: wrong value; expected: below high 2; got: 3"),
+        ({"low": 2, "high": 2}, "MIS", "inputs.low: wrong value; expected: below high 2; got: 2"),
+        ({"low": 3, "cap": 2}, "", "inputs.low: wrong value; expected: below cap 2; got: 3"),
+        ({"low": 3}, "token TIS", "inputs.low: has no effect without high or cap"),
+        ({"reject": "token"}, "", "inputs.reject_outside: must be set with reject token"),
+        ({"reject": "token", "reject_outside": None}, "", "inputs.reject_outside: must be set with reject token"),
+        ({"reject": "token", "reject_outside": [0, 2]}, "", "inputs.reject_outside: must be [low, high] with 0 < low < high"),
+        ({"weight": "token", "weight_clip": [-1, 2]}, "", "inputs.weight_clip: must be [low, high] with 0 <= low < high"),
+        ({"veto": 2}, "", "inputs.veto: must be in (0, 1), got 2"),
+    ],
+)
+def test_a_correction_with_a_part_that_is_ignored_or_impossible_is_refused(
+    tmp_path: Path, tool: ModuleType, capsys: Capture, rule: dict[str, Any], note: str, message: str
+) -> None:
+    fixture = SOUND | {"estimator": "rollout_is", "inputs": RATIOS | rule, "note": note}
+    assert f"fixtures[0].{message}" in refused(write(tmp_path / "rule.json", [fixture]), tool, capsys)
+
+
+@pytest.mark.parametrize(
+    ("rule", "note"),
+    [
+        ({"low": 0.5}, "MIS: no upper bound"),
+        ({"veto": 0.1}, ""),
+        ({"low": 0.5, "high": 2, "veto": 0.1}, "TIS"),
+        ({"weight": "token", "veto": 0.1, "reject_mode": "zero"}, ""),
+        ({"weight": "token", "weight_clip": None, "weight_normalize": True}, ""),
+        ({"reject": "geometric", "reject_outside": [0.5, 2], "reject_mode": "zero"}, ""),
+    ],
+)
+def test_a_correction_whose_every_part_has_an_effect_is_accepted(
+    tmp_path: Path, tool: ModuleType, capsys: Capture, rule: dict[str, Any], note: str
+) -> None:
+    fixture = SOUND | {"estimator": "rollout_is", "inputs": RATIOS | rule, "note": note, "expected": {"weights": [[1]]}}
+    assert tool.main([str(write(tmp_path / "rule.json", [fixture]))]) == 0
+    assert capsys.readouterr().out == "1 passed, 0 failed\n"
+
+
+@pytest.mark.parametrize("depth", [9, 600, 900])
+@pytest.mark.parametrize("place", ["expected", "variants", "inputs", "estimator"])
+def test_a_value_that_is_nested_too_deep_is_one_line(tmp_path: Path, tool: ModuleType, capsys: Capture, place: str, depth: int) -> None:
+    value = "[" * depth + "1" + "]" * depth
+    fixture = json.dumps(SOUND | {place: "HERE" if place == "estimator" else {"values": "HERE"}}).replace('"HERE"', value)
+    path = tmp_path / "deep.json"
+    path.write_text(f'{{"fixtures": [{fixture}]}}')
+    assert "fixtures[0]." in refused(path, tool, capsys)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -101,7 +174,10 @@ def test_each_kind_of_fixture_knows_its_own_inputs(
         (b'{"fixtures": [{"id": 1, "estimator": "kl", "inputs": {}, "expected": {}}]}', "fixtures[0].id: wrong value"),
         (b'{"fixtures": [{"id": "a", "estimator": "kl", "inputs": {}, "expected": {}}]}', "expected: no field; expected: at least one"),
         (b'{"fixtures": [{"id": "a", "estimator": "kl", "inputs": {}, "expected": {"k1": NaN}}]}', "fixtures[0].expected.k1: wrong value"),
-        (b'{"fixtures": [{"id": "a", "estimator": "kl", "inputs": {}, "expected": {"k1": 1e999}}]}', "fixtures[0].expected.k1: wrong value"),
+        (
+            b'{"fixtures": [{"id": "a", "estimator": "kl", "inputs": {}, "expected": {"k1": 1e999}}]}',
+            "fixtures[0].expected.k1: wrong value",
+        ),
         (
             b'{"fixtures": [%s, %s]}' % ((b'{"id": "a", "estimator": "kl", "inputs": {"x": [1]}, "expected": {"k1": [1]}}',) * 2),
             "fixtures[1].id: an id is given twice; expected: another id; got: 'a', as in fixtures[0]",
@@ -206,9 +282,7 @@ def unlike(fixtures: list[Any]) -> Iterator[Any]:
             yield fixture
 
 
-def test_no_mutation_of_the_golden_file_passes_or_ends_in_a_traceback(
-    tool: ModuleType, tmp_path: Path, capsys: Capture
-) -> None:
+def test_no_mutation_of_the_golden_file_passes_or_ends_in_a_traceback(tool: ModuleType, tmp_path: Path, capsys: Capture) -> None:
     golden = json.loads(tool.GOLDEN.read_text())
     head = {name: value for name, value in golden.items() if name != "fixtures"}
     path, passed, num_lines, num_refused, failed = tmp_path / "file.json", [], set(), 0, 0
