@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from megatron_rpp.errors import ConfigError
 
 Json = Mapping[str, Any]
+_MAX_SIZE = 2**63 - 1  # torch counts the elements of a tensor in 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ class Entries:
         value = default if value is None else value
         if value is None:
             raise ConfigError("this entry is missing", where=self.at(name), expected="a number")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-            raise ConfigError("this entry is not a number", where=self.at(name), expected="a finite number", got=repr(value))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            raise ConfigError("this entry is not a number", where=self.at(name), expected="a finite number", got=_show(value))
         return float(value)
 
     def flag(self, name: str) -> bool:
@@ -61,6 +63,15 @@ class Entries:
             raise ConfigError("this entry is not a list", where=self.at(name), expected="a list, such as []", got=repr(value))
         return list(value or ())
 
+    def layers(self, name: str) -> set[int]:
+        """Numbers of layers; empty if the entry is absent or null. Raises: ConfigError."""
+        found = self.items(name)
+        for value in found:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                expected = "whole numbers of 0 or more, such as [0, 1]"
+                raise ConfigError("this entry is not a list of layer numbers", where=self.at(name), expected=expected, got=_show(value))
+        return set(found)
+
     def at(self, name: str) -> str:
         """The place of an entry, for messages."""
         return f"{self.where}: {name}"
@@ -68,5 +79,13 @@ class Entries:
     def _whole(self, name: str, value: Any, least: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             expected = "a positive whole number" if least else "a whole number of 0 or more"
-            raise ConfigError("this entry is not a size", where=self.at(name), expected=expected, got=repr(value))
+            raise ConfigError("this entry is not a size", where=self.at(name), expected=expected, got=_show(value))
+        if value > _MAX_SIZE:
+            expected = f"a whole number of at most {_MAX_SIZE}"
+            raise ConfigError("this entry is not a size", where=self.at(name), expected=expected, got=_show(value))
         return value
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -83,7 +83,7 @@ def _qwen(entries: Entries, num_layers: int) -> ExpertShape:
     raw = entries.values
     # transformers 5 writes the number of Qwen3's experts under Mixtral's name
     count = entries.count("num_local_experts" if "num_experts" not in raw and "num_local_experts" in raw else "num_experts")
-    dense, step = set(entries.items("mlp_only_layers")), entries.size("decoder_sparse_step", default=1)
+    dense, step = entries.layers("mlp_only_layers"), entries.size("decoder_sparse_step", default=1)
     shared = entries.size("shared_expert_intermediate_size") if raw["model_type"] == "qwen2_moe" else 0
     return ExpertShape(
         num_experts=count,

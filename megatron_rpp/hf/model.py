@@ -243,7 +243,7 @@ def _family(entries: Entries) -> Family:
 def _kv_heads(entries: Entries, heads: int, *, is_absent: bool) -> int:
     kv_heads = entries.size("num_key_value_heads", default=heads)
     if heads % kv_heads:
-        origin = "; config.json has no such entry, and transformers takes this number" if is_absent else ""
+        origin = "; config.json has no such entry, and this is transformers' default" if is_absent else ""
         raise ConfigError(
             "the attention heads do not divide into groups",
             where=entries.at("num_key_value_heads"),

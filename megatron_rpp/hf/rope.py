@@ -11,6 +11,8 @@ from megatron_rpp.hf.entries import Entries, Json
 
 _TYPES = ("default", "linear", "llama3")
 _LATENT_TYPES = ("default", "yarn")
+# The numbers that a scaling depends on. transformers has no default for them either.
+_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,10 @@ def parse_rope(entries: Entries, *, is_latent: bool, default_theta: float) -> Ro
     if partial != 1.0:
         where = entries.at("partial_rotary_factor")
         raise ConfigError("partial rotary embeddings are not supported", where=where, expected=1.0, got=partial)
+    for entry in _REQUIRED.get(kind, ()):
+        inner.number(entry)
+    if kind in ("llama3", "yarn"):
+        inner.size("original_max_position_embeddings")
     rope = Rope(
         theta=inner.number("rope_theta", default=entries.number("rope_theta", default=default_theta)),
         type=kind,
@@ -96,14 +102,13 @@ def _with_yarn(rope: Rope, entries: Entries) -> Rope:
     for name, wanted in (("attention_factor", None), ("truncate", True)):
         if entries.values.get(name, wanted) != wanted:
             raise ConfigError("this setting is not supported", where=entries.at(name), expected=wanted, got=entries.values[name])
-    entries.size("original_max_position_embeddings")  # no default: the scaling depends on it
     mscale, all_dim = entries.number("mscale", default=0.0), entries.number("mscale_all_dim", default=0.0)
     if all_dim and not mscale:
         raise ConfigError("mscale_all_dim without mscale is not supported", where=entries.where, got=all_dim)
     return Rope(
         theta=rope.theta,
         type=rope.type,
-        factor=entries.number("factor"),
+        factor=rope.factor,
         original_max_positions=rope.original_max_positions,
         beta_fast=entries.number("beta_fast", default=0.0) or 32.0,
         beta_slow=entries.number("beta_slow", default=0.0) or 1.0,

@@ -42,7 +42,7 @@ CASES: dict[str, Case] = {
     "mlp bias": (LLAMA, {"mlp_bias": True}, (), "config.json: mlp_bias"),
     "activation": (LLAMA, {"hidden_act": "gelu"}, (), "config.json: hidden_act"),
     "head groups": (LLAMA, {"num_key_value_heads": 3}, (), "config.json: num_key_value_heads"),
-    "head groups by default": (QWEN2, {"num_key_value_heads": ...}, (), "transformers takes this number"),
+    "head groups by default": (QWEN2, {"num_key_value_heads": ...}, (), "this is transformers' default"),
     "too many experts": ("qwen3_moe", {"num_experts_per_tok": 9}, (), "config.json: num_experts_per_tok"),
     "missing size": ("deepseek_v3", {"n_group": ...}, (), "config.json: n_group: this entry is missing"),
     "attention heads": (LLAMA, {"num_key_value_heads": 1}, ("parallel.tp=3",), "parallel.tp: the 4 attention heads do not divide by 3"),

@@ -117,3 +117,42 @@ def test_rotary_settings_per_layer_type_are_refused(entry: str, layers: dict[str
         parse_model(json.loads(json.dumps(raw)), where="config.json")
     assert f"config.json: {entry}: rotary settings per layer type are not supported" in str(error.value)
     assert f"a set each for {', '.join(layers)}" in str(error.value)
+
+
+SCALED = {
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("form", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(("kind", "entry"), [(kind, entry) for kind, entries in SCALED.items() for entry in entries])
+def test_a_rotary_scaling_without_one_of_its_entries_is_refused(form: str, kind: str, entry: str) -> None:
+    settings = {"rope_type": kind, "rope_theta": 5e5, **SCALED[kind]}
+    raw = {**raw_of("llama"), "rope_parameters": None, form: settings}
+    assert parse_model(raw, where="config.json").rope.factor == SCALED[kind]["factor"]
+    for absent in ({name: value for name, value in settings.items() if name != entry}, {**settings, entry: None}):
+        with pytest.raises(ConfigError) as error:
+            parse_model({**raw, form: absent}, where="config.json")
+        assert f"config.json: {form}: {entry}: this entry is missing" in str(error.value)
+
+
+@pytest.mark.parametrize("entry", ["rms_norm_eps", "rope_theta", "partial_rotary_factor", "num_hidden_layers", "vocab_size"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_integer_too_large_for_a_float_is_refused(entry: str, sign: int) -> None:
+    raw = {name: value for name, value in raw_of("llama").items() if name != "rope_parameters"}
+    text = json.dumps({**raw, entry: 0}).replace(f'"{entry}": 0', f'"{entry}": {sign * 10**400}')
+    with pytest.raises(ConfigError) as error:
+        parse_model(json.loads(text), where="config.json")
+    said = str(error.value)
+    assert f"config.json: {entry}: this entry is not a " in said and "got: " in said
+    assert max(map(len, said.splitlines())) < 110
+
+
+@pytest.mark.parametrize("wrong", [[1], "1", -1, 1.0, True, None, {}])
+@pytest.mark.parametrize("name", ["qwen2_moe, shared expert", "qwen3_moe"])
+def test_a_dense_layer_that_is_no_layer_number_is_refused(name: str, wrong: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_model({**raw_of(name), "mlp_only_layers": [1, wrong]}, where="config.json")
+    assert "config.json: mlp_only_layers: this entry is not a list of layer numbers\n  expected: " in str(error.value)
+    assert f"got: {wrong!r}" in str(error.value)
