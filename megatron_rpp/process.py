@@ -112,12 +112,13 @@ def open_process(cfg: Config, command: Literal["train", "sft", "eval"]) -> Itera
 
 def _check_tied_heads(cfg: Config, command: Literal["train", "sft", "eval"]) -> None:
     """Before an engine starts, by one rank for all: the tensors of a large model are too big for each rank to read them.
+    A critic takes no head from critic.hf.
 
     Raises: CheckpointError, ConfigError.
     """
     read = set() if cfg.model.megatron_checkpoint is not None else {cfg.model.hf}
-    if command == "train":
-        read |= {hf for hf in (cfg.model.ref, cfg.critic.hf) if hf is not None}
+    if command == "train" and cfg.model.ref is not None:
+        read.add(cfg.model.ref)
     for hf in sorted(read):
         if command != "eval" or has_weights(hf):  # an engine reads other formats as well
             check_directory(hf)

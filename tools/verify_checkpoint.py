@@ -21,12 +21,12 @@ from typing import Any
 from checkpoint_cli import bar, open_saved, run
 
 from megatron_rpp.errors import CheckpointError
-from megatron_rpp.weights.compare import Source, compare
+from megatron_rpp.weights.compare import Part, Source, compare
 from megatron_rpp.weights.convert import CARRIED, model_part
-from megatron_rpp.weights.families.registry import describe
+from megatron_rpp.weights.families.registry import FAMILIES, describe
 from megatron_rpp.weights.fp8_checkpoint import KEY, Quantised, fp8_part, open_wide, scales_of
 from megatron_rpp.weights.hf_io import open_hf, read_json
-from megatron_rpp.weights.tied_head import check_directory, head_note
+from megatron_rpp.weights.tied_head import HEAD, check_directory, head_note
 from megatron_rpp.weights.torch_dist import is_torch_dist
 
 
@@ -62,11 +62,30 @@ def config_of(folder: Path) -> Path | None:
 
 
 def open_both(folders: Sequence[Path], config: Path | None) -> list[Source]:
-    """Two HF directories with all that they hold; where one is Megatron's, both as the tensors of the model."""
+    """Two HF directories with all that they hold, but for a head that only one of two tied models has; where one is Megatron's,
+    both as the tensors of the model."""
     if any(is_torch_dist(folder) for folder in folders):
         return [open_model(folder, config) for folder in folders]
     are_in_fp8 = all(scales_of(read_json(folder / "config.json")) for folder in folders)
-    return [open_hf(folder) if are_in_fp8 else open_wide(folder) for folder in folders]
+    sides = [open_hf(folder) if are_in_fp8 else open_wide(folder) for folder in folders]
+    return without_head(sides, folders) if has_one_spare_head(folders) else sides
+
+
+def has_one_spare_head(folders: Sequence[Path]) -> bool:
+    """Whether the folders are two HF directories of tied models, and one of them alone holds a head."""
+    if any(is_torch_dist(folder) for folder in folders):
+        return False
+    if sum(HEAD in open_hf(folder).entries for folder in folders) != 1:
+        return False
+    configs = [wide_config(folder) for folder in folders]
+    return all(config.get("model_type") in FAMILIES and describe(config).dims.is_tied for config in configs)
+
+
+def without_head(sides: Sequence[Source], folders: Sequence[Path]) -> list[Source]:
+    """All tensors but the head. Raises: CheckpointError for a head that differs from the embedding."""
+    for folder in folders:
+        check_directory(folder)
+    return [Part({name: entry for name, entry in side.entries.items() if name != HEAD}, side.read) for side in sides]
 
 
 def open_model(folder: Path, config: Path | None) -> Source:
@@ -78,7 +97,8 @@ def open_model(folder: Path, config: Path | None) -> Source:
 
 def head_notes(folders: Sequence[Path], config: Path | None, *, is_fp8: bool) -> list[str]:
     """What became of the head of each HF directory; nothing where all tensors of two directories were compared, the head too."""
-    if config is None or not (is_fp8 or any(is_torch_dist(folder) for folder in folders)):
+    is_left_out = is_fp8 or any(is_torch_dist(folder) for folder in folders) or has_one_spare_head(folders)
+    if config is None or not is_left_out:
         return []
     model = describe(wide_config(config))
     directories = [folder for folder in folders if not is_torch_dist(folder)]

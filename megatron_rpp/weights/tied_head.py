@@ -1,7 +1,8 @@
 """A tied model whose files hold a head as well: it must equal the embedding.
 
 A tied Megatron model and SGLang have one tensor for both, so neither can run a head of its own. transformers 5.12.1 keeps such a
-head and warns. To drop it here without a word would train and sample another model.
+head and warns. To drop it here without a word would train and sample another model. A critic is not concerned: its directory
+gives it the backbone alone, and any head is left out.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_rpp.config.schema import Algo, Config, Critic
 from megatron_rpp.errors import CheckpointError
-from megatron_rpp.process import open_policy, open_process
+from megatron_rpp.process import open_critic, open_policy, open_process
 from megatron_rpp.weights.tied_head import EMBEDDING, HEAD
 from megatron_rpp.weights.torch_dist import write_common
 from tests.dist.ranks import free_port, run_ranks
@@ -65,7 +65,6 @@ def _opens(rank: int, folders: dict[str, Path], run_dir: Path, parallel: dict[st
         "policy, train": ("train", config(other, run_dir, **parallel)),
         "engine, eval": ("eval", config(other, run_dir, **parallel)),
         "reference": ("train", replace(config(plain, run_dir, **parallel), algo=with_ref)),
-        "critic": ("train", replace(config(plain, run_dir, **parallel), critic=Critic(hf=other))),
     }
     attempts["reference"] = ("train", replace(attempts["reference"][1], model=replace(attempts["reference"][1].model, ref=other)))
     for name, (command, cfg) in attempts.items():
@@ -73,6 +72,13 @@ def _opens(rank: int, folders: dict[str, Path], run_dir: Path, parallel: dict[st
         with pytest.raises(CheckpointError) as error, open_process(cfg, command):
             said[name] = "opened"
         said[name] = str(error.value)
+    critics = []
+    for hf in (plain, other):  # a critic reads no head
+        os.environ["MASTER_PORT"] = str(next(ports))
+        with_critic = replace(config(plain, run_dir, **parallel), algo=Algo(estimator="gae"), critic=Critic(hf=hf))
+        with open_process(with_critic, "train") as process:
+            critics.append({key: tensor.clone() for key, _, tensor in open_critic(process).named_local()})
+    assert all(torch.equal(tensor, critics[1][key]) for key, tensor in critics[0].items()) and critics[0]
     loaded = {}
     for name in ("plain", "equal"):
         os.environ["MASTER_PORT"] = str(next(ports))
@@ -84,12 +90,14 @@ def _opens(rank: int, folders: dict[str, Path], run_dir: Path, parallel: dict[st
 
 
 @pytest.mark.parametrize("parallel", [{}, {"tp": 2}], ids=["tp1", "tp2"])
-def test_every_model_of_a_run_is_checked_before_it_is_loaded(folders: dict[str, Path], tmp_path: Path, parallel: dict[str, int]) -> None:
+def test_every_model_of_a_run_with_a_head_is_checked_before_it_is_loaded(
+    folders: dict[str, Path], tmp_path: Path, parallel: dict[str, int]
+) -> None:
     found = run_ranks(
-        parallel.get("tp", 1), _opens, folders, tmp_path / "run", parallel, [free_port() for _ in range(7)], init=False, timeout_s=200.0
+        parallel.get("tp", 1), _opens, folders, tmp_path / "run", parallel, [free_port() for _ in range(8)], init=False, timeout_s=200.0
     )
     for said in found:
-        assert list(said) == ["policy, sft", "policy, train", "engine, eval", "reference", "critic"]
+        assert list(said) == ["policy, sft", "policy, train", "engine, eval", "reference"]
         for name, message in said.items():
             assert NAMES in message and str(folders["other"] / "model.safetensors") in message, name
             assert "at row 7, column 3" in message and '"tie_word_embeddings": false' in message, name
@@ -146,6 +154,20 @@ def test_a_comparison_says_what_becomes_of_the_head(folders: dict[str, Path], tm
     assert same.returncode == 0 and f"{folders['equal']}: head: tied; {HEAD} equals {EMBEDDING} and is left out\n" in same.stdout
     other = inside("verify_checkpoint", folders["other"], tmp_path / "plain")
     assert other.returncode == 1 and NAMES in other.stderr and "all equal" not in other.stdout
+
+
+def test_two_directories_of_which_one_has_an_equal_head_are_equal(folders: dict[str, Path]) -> None:
+    for pair in (("plain", "equal"), ("equal", "plain")):
+        same = inside("verify_checkpoint", *(folders[name] for name in pair))
+        assert same.returncode == 0 and "all equal" in same.stdout, same.stdout + same.stderr
+        assert f"\n{folders['equal']}: head: tied; {HEAD} equals {EMBEDDING} and is left out\n" in f"\n{same.stdout}"
+        assert f"\n{folders['plain']}: head: tied to {EMBEDDING}; there is no {HEAD}\n" in f"\n{same.stdout}"
+        other = inside("verify_checkpoint", *(folders["other" if name == "equal" else name] for name in pair))
+        assert other.returncode == 1 and NAMES in other.stderr and "all equal" not in other.stdout
+    untied = inside("verify_checkpoint", folders["untied"], folders["plain"])
+    assert untied.returncode == 1 and f"{HEAD}: the tensor differs" in untied.stdout, untied.stdout + untied.stderr
+    heads = inside("verify_checkpoint", folders["equal"], folders["other"])
+    assert heads.returncode == 1 and f"{HEAD}: element [7, 3] differs" in heads.stdout, heads.stdout + heads.stderr
 
 
 def test_a_head_that_config_json_contradicts_is_refused_on_the_way_back(folders: dict[str, Path], tmp_path: Path) -> None:
