@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -50,7 +50,10 @@ def _explain(detail: Mapping[str, Any], tree: Mapping[str, Any], lines: Mapping[
     path = _in_tree(tuple(str(part) for part in detail["loc"]), tree, missing=detail["type"] == "missing")
     dotted, where = ".".join(path), _line(path, lines)
     if detail["type"] == "missing" and path[-1].isdigit():
-        yield Problem(dotted.rpartition(".")[0], f"expected {int(path[-1]) + 1} values, got {_show(detail['input'])}", where)
+        parent = path[:-1]
+        yield Problem(".".join(parent), f"expected {_length(parent)} values, got {_show(detail['input'])}", where)
+    elif detail["type"] == "too_long":
+        yield Problem(dotted, f"expected {_length(path)} values, got {_show(detail['input'])}", where)
     elif detail["type"] == "missing":
         for name in _required(path):
             yield Problem(name, "required, and not set", where)
@@ -122,6 +125,13 @@ def _expected(path: KeyPath, detail: Mapping[str, Any]) -> str:
     kinds = get_args(kind) or (kind,)
     expected = "a path" if Path in kinds else _WORDS.get(detail["type"], detail["msg"].removeprefix("Input should be "))
     return f"{expected} or null" if NoneType in kinds else expected
+
+
+def _length(path: KeyPath) -> int:
+    """Of the tuple that belongs at `path`."""
+    kind = _kind_at(path)
+    pair = next(member for member in (kind, *get_args(kind)) if get_origin(member) is tuple)
+    return len(get_args(pair))
 
 
 def _show(value: Any) -> str:

@@ -244,3 +244,13 @@ def test_a_file_that_cannot_be_read_is_an_error_of_the_settings(tmp_path: Path) 
 def test_reading_settings_does_not_import_torch() -> None:
     code = "import sys, megatron_rpp.config.load, megatron_rpp.config.validate; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("setting", ["correction.weight_clip", "correction.reject_outside", "algo.reward_clip"])
+@pytest.mark.parametrize("value", ["[0, 1, 2]", "[]", "[0]", "[0, 1, 2, 3]"])
+def test_a_pair_of_another_length_is_told_in_our_words(write: Write, setting: str, value: str) -> None:
+    section, name = setting.split(".")
+    path = write("run.yaml", REQUIRED + f"{section}: {{{name}: {value}}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value).splitlines()[1:] == [f"  {path}:{REQUIRED.count(chr(10)) + 1}  {setting}: expected 2 values, got {value}"]
