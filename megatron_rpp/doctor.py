@@ -80,7 +80,7 @@ def installed_version(name: str) -> str | None:
 def check_python(version: tuple[int, ...]) -> Finding:
     if version not in PYTHONS:
         text = f"{'.'.join(map(str, version))}; Python 3.11, 3.12 or 3.13 is needed"
-        return Finding("python", "FAIL", text, "make the environment anew with one of these: bash tools/bootstrap.sh")
+        return Finding("python", "FAIL", text, "recreate the environment with one of these: bash tools/bootstrap.sh")
     return Finding("python", "ok", f"{platform.python_version()} on {platform.machine()}")
 
 

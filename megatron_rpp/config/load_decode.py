@@ -115,12 +115,20 @@ def _suggest(path: KeyPath) -> str:
     return f"there are {', '.join(siblings)}"
 
 
-_WORDS = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false", "string_type": "a word"}
+_WORDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a word",
+    "tuple_type": "a list",
+}
 
 
 def _expected(path: KeyPath, detail: Mapping[str, Any]) -> str:
     if path[:-1] in (("model", "megatron"), ("rollout", "sglang")):
         return "a word, a number, true, false or null"
+    if path[:-1] == ("rollout", "stop_tokens"):
+        return "a token id, or the text of a token"
     kind = _kind_at(path)
     kinds = get_args(kind) or (kind,)
     expected = "a path" if Path in kinds else _WORDS.get(detail["type"], detail["msg"].removeprefix("Input should be "))

@@ -19,7 +19,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json")
 _MODEL_FILES = ("generation_config.json", "config.json")
 
-Encode = Callable[[str], Sequence[int]]  # text to token ids, without special tokens of its own
+Encode = Callable[[str], Sequence[int]]  # text to token ids; it adds no special tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def read_stop_tokens(hf_dir: Path, encode: Encode, *, vocab_size: int, more: Seq
     encode: the tokenizer's.
     vocab_size: rows of the model's embedding. A named token without a row can never be sampled; it is left out with a warning.
     more: the setting rollout.stop_tokens, token ids or the texts of single tokens.
-    Raises: ConfigError for an entry of `more` that is no token of the model; DataError when nothing ends a response, or a
+    Raises: ConfigError for an entry of `more` that is not a token of the model; DataError when nothing ends a response, or a
     file does not read.
     """
     found: dict[int, list[str]] = {}
@@ -110,8 +110,7 @@ def _named_tokens(hf_dir: Path) -> Iterator[tuple[str, int | str]]:
 def _tokenizer_token(hf_dir: Path) -> Iterator[tuple[str, str]]:
     """The end token of the tokenizer, from the first of its files that names one, or says that it has none.
 
-    Where no file does, the tokenizer's class supplies an end token of its own, which need not be the model's: it is not
-    used.
+    If no file names one, the default of the tokenizer's class is not used: it may not be the model's.
     """
     for name in _TOKENIZER_FILES:
         raw = read_object(hf_dir / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -254,3 +255,18 @@ def test_a_pair_of_another_length_is_told_in_our_words(write: Write, setting: st
     with pytest.raises(ConfigError) as caught:
         load(path)
     assert str(caught.value).splitlines()[1:] == [f"  {path}:{REQUIRED.count(chr(10)) + 1}  {setting}: expected 2 values, got {value}"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("5", "rollout.stop_tokens: expected a list, got 5"),
+        ("[1.5]", "rollout.stop_tokens.0: expected a token id, or the text of a token, got 1.5"),
+        ("[7, true]", "rollout.stop_tokens.1: expected a token id, or the text of a token, got true"),
+    ],
+)
+def test_stop_tokens_of_another_type_are_told_in_our_words(write: Write, value: str, message: str) -> None:
+    path = write("run.yaml", "model: {hf: m}\ndata: {train: t.jsonl}\n")
+    assert load(path, ["rollout.stop_tokens=[7, '<|im_end|>']"]).rollout.stop_tokens == (7, "<|im_end|>")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(path, [f"rollout.stop_tokens={value}"])
