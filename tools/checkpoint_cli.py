@@ -17,7 +17,7 @@ from megatron_rpp.hf.model import HfModel, parse_model
 from megatron_rpp.mcore.weights_header import check_model
 from megatron_rpp.weights.convert import CARRIED, Options, Result
 from megatron_rpp.weights.families.registry import describe
-from megatron_rpp.weights.fp8_checkpoint import KEY
+from megatron_rpp.weights.fp8_checkpoint import wide_config
 from megatron_rpp.weights.hf_io import SHARD_BYTES, read_json
 from megatron_rpp.weights.megatron_checkpoint import MegatronCheckpoint, open_megatron
 from megatron_rpp.weights.torch_dist import is_torch_dist, read_header
@@ -27,9 +27,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def hf_model(folder: Path) -> HfModel:
     """The model of a directory's config.json, however its weights are stored. Raises: CheckpointError, ConfigError."""
-    config = read_json(folder / "config.json")
-    config.pop(KEY, None)
-    return parse_model(config, where=str(folder / "config.json"))
+    return parse_model(wide_config(read_json(folder / "config.json")), where=str(folder / "config.json"))
 
 
 def open_saved(folder: Path, hf: Path | None) -> tuple[MegatronCheckpoint, Path]:

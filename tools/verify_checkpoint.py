@@ -16,15 +16,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from checkpoint_cli import bar, open_saved, run
 
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.weights.compare import Part, Source, compare
 from megatron_rpp.weights.convert import CARRIED, model_part
+from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import FAMILIES, describe
-from megatron_rpp.weights.fp8_checkpoint import KEY, Quantised, fp8_part, open_wide, scales_of
+from megatron_rpp.weights.fp8_checkpoint import Quantised, fp8_part, open_wide, scales_of, wide_config
 from megatron_rpp.weights.hf_io import open_hf, read_json
 from megatron_rpp.weights.tied_head import HEAD, check_directory, head_note
 from megatron_rpp.weights.torch_dist import is_torch_dist
@@ -77,7 +77,7 @@ def has_one_spare_head(folders: Sequence[Path]) -> bool:
         return False
     if sum(HEAD in open_hf(folder).entries for folder in folders) != 1:
         return False
-    configs = [wide_config(folder) for folder in folders]
+    configs = [wide_config(read_json(folder / "config.json")) for folder in folders]
     return all(config.get("model_type") in FAMILIES and describe(config).dims.is_tied for config in configs)
 
 
@@ -92,7 +92,7 @@ def open_model(folder: Path, config: Path | None) -> Source:
     """The tensors of the model, wide."""
     if is_torch_dist(folder):
         return open_saved(folder, config)[0]
-    return model_part(open_wide(folder), describe(wide_config(config or folder)))
+    return model_part(open_wide(folder), describe_wide(config or folder))
 
 
 def head_notes(folders: Sequence[Path], config: Path | None, *, is_fp8: bool) -> list[str]:
@@ -100,16 +100,14 @@ def head_notes(folders: Sequence[Path], config: Path | None, *, is_fp8: bool) ->
     is_left_out = is_fp8 or any(is_torch_dist(folder) for folder in folders) or has_one_spare_head(folders)
     if config is None or not is_left_out:
         return []
-    model = describe(wide_config(config))
+    model = describe_wide(config)
     directories = [folder for folder in folders if not is_torch_dist(folder)]
     return [f"{folder}: {head_note(open_hf(folder).entries, model)}" for folder in directories]
 
 
-def wide_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a directory, without how its weights are quantized."""
-    config = read_json(folder / "config.json")
-    config.pop(KEY, None)
-    return config
+def describe_wide(folder: Path) -> Model:
+    """The model of a directory's config.json, however its weights are stored."""
+    return describe(wide_config(read_json(folder / "config.json")))
 
 
 def open_in_fp8(folders: Sequence[Path], config: Path | None) -> list[Source]:
@@ -120,7 +118,7 @@ def open_in_fp8(folders: Sequence[Path], config: Path | None) -> list[Source]:
         raise CheckpointError(
             "neither is in block FP8", where="--fp8", expected="a quantization_config in a config.json", fix="leave it out"
         )
-    shapes = describe(wide_config(config)).hf_shapes
+    shapes = describe_wide(config).hf_shapes
     sides: list[Source] = []
     for folder, kind in zip(folders, kinds, strict=True):
         if kind is None:

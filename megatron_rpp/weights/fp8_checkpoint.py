@@ -50,6 +50,11 @@ def scales_of(config: Mapping[str, Any]) -> Scales | None:
     return "power_of_two" if said.get("scale_fmt") == "ue8m0" else "float32"
 
 
+def wide_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without its entry on quantization: that of the same model in wide tensors."""
+    return {name: value for name, value in config.items() if name != KEY}
+
+
 def open_wide(folder: Path | str) -> HFCheckpoint:
     """Opens an HF directory; one in block FP8 as the wide tensors that it stands for.
 
@@ -75,7 +80,7 @@ class Dequantised(HFCheckpoint):
     """
 
     def __init__(self, stored: HFCheckpoint) -> None:
-        config = {name: value for name, value in stored.config.items() if name != KEY}
+        config = wide_config(stored.config)
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch."), None)
         if dtype not in WIDE_DTYPES.values():
             raise CheckpointError("not a dtype of weights", where=f"{stored.dir}/config.json", expected=sorted(WIDE_DTYPES), got=dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import describe
-from megatron_rpp.weights.fp8_checkpoint import KEY
+from megatron_rpp.weights.fp8_checkpoint import wide_config
 from megatron_rpp.weights.hf_io import HFCheckpoint, open_hf
 from megatron_rpp.weights.raw_file import BLOCK_BYTES, row_blocks
 from megatron_rpp.weights.rect import Rect
@@ -28,8 +28,7 @@ _FIX = 'to keep the head, set "tie_word_embeddings": false in config.json; to dr
 def check_directory(folder: Path) -> None:
     """`check_tied_head` on the HF directory `folder`. Raises: CheckpointError, ConfigError."""
     with open_hf(folder) as checkpoint:
-        plain = {name: value for name, value in checkpoint.config.items() if name != KEY}  # which leaves head and embedding alone
-        check_tied_head(checkpoint, describe(plain))
+        check_tied_head(checkpoint, describe(wide_config(checkpoint.config)))  # head and embedding are never quantized
 
 
 def check_tied_head(checkpoint: HFCheckpoint, model: Model) -> None:
