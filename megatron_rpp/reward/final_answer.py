@@ -32,10 +32,20 @@ _WORD = re.compile(r"[A-Za-z]{2,}")
 _TEXT_GROUP = re.compile(r"\\(?:text\w*|mathrm|mbox)\s*\{[^{}]*\}")
 
 _PHRASE = re.compile(r"answers?(?:\s+(?:is|are)(?:\s*:)?|\s*:)[\s$]*?(?=\S)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\n|(?<!\\)[.!](?=\s|$)|;\s")
 _CLAUSE_END = re.compile(
-    r"\n | (?<!\\)[.!](?=\s|$) | ;\s | ,\s(?=[a-z]{2,}\s) | \s(?=(?:because|since|so|which|where|when|for)\s)",
+    r""",\s (?!(?:and|or)\s+(?:[-+$\\(0-9]|[b-zB-HJ-Z]\b)) (?=[a-z]{2,}\s)
+        | \s(?=(?:because|since|so|which|where|when|if|for)\s)""",
     re.VERBOSE,
 )
+_REASON = re.compile(r"(?:because|since|so|which|where)\s")
+# "4, or maybe 5", "4 when n is odd and 5 otherwise", "4 for n=1, 5 for n=2": more than one value.
+_ALTERNATIVE = re.compile(
+    r"""\b(?:or|but|else|otherwise|maybe|perhaps|possibly)\b .* [0-9]
+        | (?:,|\band\b)\s* (?:[a-z]+\s+)? [-+$\\(]*[0-9]""",
+    re.VERBOSE,
+)
+_DELIMITER = re.compile(r"(?<!\\)(?:\\[()\[\]]|\$)")
 _OPENING = re.compile(r"^(?:[\s$]|\\\[|\\\()+")
 _MAX_CLAUSE = 300
 _MAX_BOXES = 50
@@ -49,13 +59,19 @@ def explicit_answer(text: str) -> str | None:
 
 
 def stated_answer(text: str) -> str | None:
-    """The clause after the last "the answer is" or "Answer:", or None."""
+    """The clause after the last "the answer is" or "Answer:"; "" if it says more than one value; None without one."""
     phrases = list(_PHRASE.finditer(text))
     if not phrases:
         return None
     end = phrases[-1].end()
     clause = _OPENING.sub("", text[end : end + _MAX_CLAUSE])
-    return _CLAUSE_END.split(clause, maxsplit=1)[0].strip() or None
+    sentence = _SENTENCE_END.split(clause, maxsplit=1)[0]
+    clause = _CLAUSE_END.split(sentence, maxsplit=1)[0]
+    rest = sentence[len(clause) :].lstrip(" ,")
+    said_more = rest if not _REASON.match(rest) else ""
+    if not is_mathematics(clause := _DELIMITER.sub(" ", clause).strip()):
+        said_more = f"{clause} {said_more}"
+    return "" if _ALTERNATIVE.search(said_more) else clause or None
 
 
 def is_mathematics(text: str) -> bool:

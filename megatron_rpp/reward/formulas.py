@@ -104,8 +104,7 @@ def _is_zero_everywhere(left: Expr, right: Expr) -> bool:
     points = random.Random(2501)
     agreed = 0
     for number in range(_NUM_POINTS):
-        sign = -1 if number % 2 else 1
-        at = {one: sign * Rational(points.randrange(2**13, 2**15), points.randrange(2**11, 2**12)) for one in symbols}
+        at = {one: _coordinate(points, number, place) for place, one in enumerate(symbols)}
         values = [side.xreplace(at).doit() for side in (left, right)]
         if any(value.has(*_INFINITE) or not value.is_number for value in values):
             continue
@@ -113,6 +112,12 @@ def _is_zero_everywhere(left: Expr, right: Expr) -> bool:
             return False
         agreed += 1
     return agreed >= _MIN_POINTS or sympy.simplify(left - right) == 0
+
+
+def _coordinate(points: random.Random, number: int, place: int) -> Rational:
+    """All signs are plus at the first point, minus at the second; they alternate at the third, then they are random."""
+    sign = (1, -1, (-1) ** place)[number] if number < 3 else points.choice((-1, 1))
+    return sign * Rational(points.randrange(2**13, 2**15), points.randrange(2**11, 2**12))
 
 
 def ratio(left: Expr, right: Expr) -> Expr | None:

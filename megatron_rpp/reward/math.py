@@ -16,22 +16,17 @@ from __future__ import annotations
 from functools import lru_cache
 
 import math_verify
-import sympy
-from latex2sympy2_extended.logic import And
-from sympy import Basic, Eq, Interval, Symbol
-from sympy.core.relational import Relational
 
 from megatron_rpp.reward.base import RewardInput
 from megatron_rpp.reward.equality import equal
 from megatron_rpp.reward.final_answer import explicit_answer, is_mathematics, stated_answer
 from megatron_rpp.reward.formulas import SYMPY_ERRORS
 from megatron_rpp.reward.notation import canonical, joined, plain, with_marked_mixed
-from megatron_rpp.reward.readings import MAX_CHARS, Formula, Group, Named, Reading, Relation, read, silence_libraries
+from megatron_rpp.reward.readings import MAX_CHARS, Reading, read, silence_libraries
 from megatron_rpp.reward.thought import after_thought
 
 _LONGEST = 2 * MAX_CHARS
 _TAIL = 4_000  # characters from the end in which an answer without a box is looked for
-_SIGNS = {"<": "<", ">": ">", "<=": r"\le", ">=": r"\ge", "==": "=", "!=": r"\ne"}
 
 
 def score(item: RewardInput) -> float:
@@ -46,6 +41,8 @@ def score(item: RewardInput) -> float:
         return 1.0
     prose = plain(response[-_TAIL:])
     stated = stated_answer(prose)
+    if stated == "":
+        return 0.0
     if stated and are_equal(stated, gold):
         return 1.0
     if stated and is_mathematics(stated):
@@ -74,8 +71,9 @@ def _is_last_expression(prose: str, gold: str) -> bool:
     if len(gold) > _LONGEST:
         return False
     try:
-        parsed = math_verify.parse(with_marked_mixed(prose), fallback_mode="no_fallback", parsing_timeout=None)
-        left, right = _reading_of(parsed[0]) if parsed else None, _read(canonical(gold))
+        parsed = math_verify.parse(with_marked_mixed(prose), parsing_timeout=None)
+        # Its source text, not its value: this module's own reader knows f(3) = 42, |S| = 42 and 12 + 30 = 42.
+        left, right = read(canonical(parsed[-1])) if parsed else None, _read(canonical(gold))
         return left is not None and right is not None and equal(left, right)
     except SYMPY_ERRORS:
         return False
@@ -93,32 +91,3 @@ def _same_text(left: str, right: str) -> bool:
         return left.strip() == right.strip()
     left, right = (joined(canonical(text)) for text in (left, right))
     return bool(left) and left == right
-
-
-def _reading_of(expression: object) -> Reading | None:
-    """What an expression from math-verify says."""
-    if isinstance(expression, sympy.FiniteSet | sympy.Tuple):
-        items = tuple(_reading_of(argument) for argument in expression.args)
-        brackets = ("(", ")") if isinstance(expression, sympy.Tuple) else (r"\{", r"\}")
-        return None if None in items else Group(brackets[0], items, brackets[1])
-    if isinstance(expression, Interval):
-        brackets = "(" if expression.left_open else "[", ")" if expression.right_open else "]"
-        return Group(brackets[0], (Formula(expression.start), Formula(expression.end)), brackets[1])
-    if isinstance(expression, Eq) and isinstance(expression.lhs, Symbol):
-        value = _reading_of(expression.rhs)
-        return Named(expression.lhs.name, (value,)) if value is not None else None
-    if isinstance(expression, And):
-        return _chain_of(expression)
-    if isinstance(expression, Relational):
-        return Relation((expression.lhs, expression.rhs), (_SIGNS[expression.rel_op],))
-    return Formula(expression) if isinstance(expression, Basic | sympy.MatrixBase) else None
-
-
-def _chain_of(chain: And) -> Reading | None:
-    """a < b < c is a relation; x = a = b names the values a and b."""
-    links = chain._unsorted_args
-    sides = (links[0].lhs, *(link.rhs for link in links))
-    signs = tuple(_SIGNS[link.rel_op] for link in links)
-    if set(signs) != {"="}:
-        return Relation(sides, signs)
-    return Named(str(sides[0]), tuple(Formula(side) for side in sides[1:]))

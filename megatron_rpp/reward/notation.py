@@ -31,6 +31,10 @@ _ROOT = re.compile(r"([\u221a\u221b\u221c])\s*(?:\(([^()]*)\)|([0-9]+(?:\.[0-9]+
 _MATHEMATICAL = re.compile("[\U0001d400-\U0001d7ff]+")
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e\u2189]")
 
+# Rows of a matrix end with two backslashes, which are one token: "\\\\ " holds no "\\ ".
+_ROW_END = re.compile(r"\\\\(?:\s*\[-?[0-9.]+\s*[a-z]{2}\])?")
+_ROW_MARK = "\x02"
+
 # Spacing, sizes and styles that change nothing.
 _STYLE = re.compile(r"\\(?:displaystyle|textstyle|left|right|[bB]igg?[lrm]?|limits|nolimits)(?![a-zA-Z])")
 _SPACE = re.compile(
@@ -60,7 +64,7 @@ _SYNONYMS = (
     (re.compile(r"\\text\{\s*(?:percent|pct)\s*\}|(?<=[0-9}\s])(?:percent|pct)(?![A-Za-z])|(?<!\\)%"), r"\\%"),
 )
 _OUTER = tuple(re.compile(pattern, re.DOTALL) for pattern in (r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\{([^{}]*)\}"))
-_EDGES = re.compile(r"^(?:[\s.,;:](?![0-9]))+|(?:\\\\|[\s,;:]|\.(?!\.))+$")
+_EDGES = re.compile(r"^(?:[\s.,;:](?![0-9]))+|(?:\x02|[\s,;:]|\.(?!\.))+$")
 
 # Digits. A group of thousands is three digits; what is left of white space between digits joins nothing.
 _SPLIT_THOUSANDS = re.compile(r"(?<![0-9.,}])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9]| [0-9])")
@@ -95,7 +99,7 @@ def with_marked_mixed(prose: str) -> str:
 
 def canonical(text: str) -> str:
     """An answer in one spelling. White space between digits stays unless it parts thousands: "1 2" is not "12"."""
-    text = without_emphasis(_wide_to_ascii(text).strip())
+    text = _ROW_END.sub(_ROW_MARK, without_emphasis(_wide_to_ascii(text).strip()))
     text = _runs(_runs(_VULGAR.sub(_vulgar, text), _RAISED, "^{{{}}}"), _LOWERED, "_{{{}}}")
     text = _ROOT.sub(_root, text)
     text = "".join(_LATEX.get(character, character) for character in text)
@@ -106,7 +110,7 @@ def canonical(text: str) -> str:
     text = _SPACES.sub(_narrowed, _SPACE.sub(" ", text))
     text = _BRACED_TOKEN.sub(r" \1 ", text)
     text = " ".join(text.split())
-    text = _strip(text)
+    text = _strip(text).replace(_ROW_MARK, r"\\")
     text = _BRACED_THOUSANDS.sub("", text)
     text = _SPLIT_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
     for pattern, replacement in _UNBRACED:

@@ -134,7 +134,7 @@ _NAME = re.compile(
       | \\text\{[^{}]*\}
       | (?:m\ ?)?\\(?:angle|triangle)\ ?[A-Za-z]{1,3}
       | \\(?:overline|bar|vec|hat|widehat)\{?\ ?[A-Za-z]+\ ?\}?
-      | \|[A-Z]{2}\|""",
+      | \|[A-Z]{1,2}\|""",
     re.VERBOSE,
 )
 _GAP = re.compile(r"(?<![_^])[0-9] [0-9.]")
