@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import sympy
-from sympy import Basic, Interval, MatrixBase, Set, Symbol
+from sympy import Basic, Expr, Interval, MatrixBase, Set, Symbol
 
 from megatron_rpp.reward import formulas
 from megatron_rpp.reward.readings import (
@@ -20,6 +20,7 @@ from megatron_rpp.reward.readings import (
     Ratio,
     Reading,
     Relation,
+    Scaled,
     Word,
     read_formula,
 )
@@ -37,6 +38,8 @@ def equal(given: Reading, gold: Reading) -> bool:
         return _equal_named(given, gold)
     if isinstance(given, Choice) or isinstance(gold, Choice):
         return _equal_choices(given, gold)
+    if isinstance(given, Scaled) or isinstance(gold, Scaled):
+        return _equal_scaled(given, gold)
     if isinstance(given, Percent) or isinstance(gold, Percent):
         return _equal_percents(given, gold)
     if isinstance(given, Group) and isinstance(gold, Group):
@@ -134,6 +137,21 @@ def _equal_percents(given: Reading, gold: Reading) -> bool:
     if number is None or value is None:
         return False
     return formulas.equal(number, value) or formulas.equal(number / 100, value)
+
+
+def _equal_scaled(given: Reading, gold: Reading) -> bool:
+    """5 million equals 5000000. Where the reference says 5 million, 5 is right too: the problem may name the unit."""
+    if isinstance(gold, Scaled) and not isinstance(given, Scaled) and equal(given, gold.number):
+        return True
+    left, right = _product(given), _product(gold)
+    return left is not None and right is not None and formulas.equal(left, right)
+
+
+def _product(reading: Reading) -> Expr | None:
+    if not isinstance(reading, Scaled):
+        return _expression(reading)
+    number = _expression(reading.number)
+    return number * reading.factor if number is not None else None
 
 
 def _equal_words(given: Reading, gold: Reading) -> bool:

@@ -24,6 +24,7 @@ from megatron_rpp.reward.formulas import SYMPY_ERRORS
 from megatron_rpp.reward.notation import canonical, joined, plain, with_marked_mixed
 from megatron_rpp.reward.readings import MAX_CHARS, Reading, read, silence_libraries
 from megatron_rpp.reward.thought import after_thought
+from megatron_rpp.reward.units import changes_number
 
 _LONGEST = 2 * MAX_CHARS
 _TAIL = 4_000  # characters from the end in which an answer without a box is looked for
@@ -45,7 +46,7 @@ def score(item: RewardInput) -> float:
         return 0.0
     if stated and are_equal(stated, gold):
         return 1.0
-    if stated and is_mathematics(stated):
+    if stated and (is_mathematics(stated) or changes_number(stated)):
         return 0.0
     return float(_is_last_expression(prose, gold))
 

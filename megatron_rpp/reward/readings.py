@@ -16,6 +16,7 @@ from sympy import Basic
 
 from megatron_rpp.reward.brackets import split, split_inside, split_list
 from megatron_rpp.reward.notation import joined
+from megatron_rpp.reward.units import factor_of
 
 MAX_CHARS = 1_000  # longer answers are compared as text only
 _MAX_DIGITS = 1_000
@@ -48,6 +49,14 @@ class Clock:
 @dataclass(frozen=True, slots=True)
 class Percent:
     number: Reading
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A number with a word for a power of ten, or "dozen": 5 million."""
+
+    number: Reading
+    factor: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,7 @@ class Formula:
     expression: Basic
 
 
-Reading = Word | Numeral | Clock | Percent | Ratio | Choice | Group | Named | Relation | Formula | Fraction
+Reading = Word | Numeral | Clock | Percent | Scaled | Ratio | Choice | Group | Named | Relation | Formula | Fraction
 
 EMPTY_SET = Group(r"\{", (), r"\}")
 _EMPTY_SET = re.compile(r"\\emptyset|\\\{ ?\\\}|no (?:real )?solutions?|(?:the )?empty set", re.IGNORECASE)
@@ -188,6 +197,8 @@ def read_formula(text: str) -> Basic | None:
     """The expression that math-verify's parser makes of LaTeX. Digits with white space between them are not read."""
     if _GAP.search(text) or not text.isascii() or "answer" in text.lower():
         return None  # math-verify looks for numbers after the word "answer"
+    if any(factor_of(inside) is None for inside in _TEXT.findall(text)):
+        return None
     if _TRIGONOMETRIC.search(text):
         text = _ANGLE.sub(r"{\\frac{\1 \\pi}{180}}", text)
     text = _DEGREES.sub("", text)
@@ -310,13 +321,19 @@ def _read_quantity(text: str) -> Reading | None:
     if match := _PERCENT.fullmatch(text):
         number = read(match[1])
         return Percent(number) if number is not None else None
-    bare = _ORDINAL.sub("", text)
+    bare = _ORDINAL.sub("", text).rstrip(" \\")
+    factor = 1
     for units in (_UNITS, _PLAIN_UNITS):
-        bare = units.sub("", bare).rstrip(" \\")
+        if match := units.search(bare):
+            times = factor_of(match.group())
+            if times is None:
+                return None
+            bare, factor = bare[: match.start()].rstrip(" \\"), factor * times
     if not _TRIGONOMETRIC.search(bare):
         bare = _DEGREES.sub("", bare).strip()
     if bare and bare != text and re.search(r"[0-9A-Za-z]", bare):
-        return read(bare)
+        number = read(bare)
+        return Scaled(number, factor) if number is not None and factor > 1 else number
     return _as_formula(text)
 
 

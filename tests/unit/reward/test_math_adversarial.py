@@ -38,6 +38,10 @@ PROSE = [
     ("The answer is 4 when n = 2.", "4", 1.0),
     ("The answer is 4, since 1+3=4 and 2+2=4.", "4", 1.0),
     ("The answer is 4, and we are done.", "4", 1.0),
+    ("The answer is 42 million.", "42", 0.0),
+    ("#### 42 million", "42", 0.0),
+    ("#### 42 million", "42000000", 1.0),
+    ("The answer is 42 apples that she has left.", "42", 1.0),
 ]
 EQUAL = [
     # rows of a matrix
@@ -46,6 +50,17 @@ EQUAL = [
     # signs of the sample points
     ("|x||y|", "|xy|"),
     (r"\sqrt{x^2y^2}", "|xy|"),
+    # units, and words that multiply
+    (r"5\text{ cm}^2", "5"),
+    (r"5\text{ square feet per hour}", "5"),
+    (r"5\text{ km/h}", "5"),
+    ("5 apples", "5"),
+    ("5 million", "5000000"),
+    (r"5\text{ million dollars}", "5000000"),
+    ("5000000", r"5\text{ million}"),
+    ("5", r"5\text{ million}"),
+    (r"5\text{ million}", "5 million"),
+    ("2 dozen", "24"),
 ]
 DIFFERENT = [
     (r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}", COLUMN),
@@ -54,6 +69,35 @@ DIFFERENT = [
     ("|xy|", "xy"),
     (r"\sqrt{x^2y^2}", "xy"),
     (r"|\frac ab|", r"\frac ab"),
+    # words after a number that are no unit
+    (r"5\text{, 6, 7, or 8}", "5"),
+    (r"5\text{00}", "5"),
+    (r"5\text{.5}", "5"),
+    (r"5\text{ or six}", "5"),
+    (r"5\text{ (or maybe 6)}", "5"),
+    (r"5\text{ and a half}", "5"),
+    (r"5\text{ hours 30 minutes}", "5"),
+    (r"5\text{ is wrong}", "5"),
+    (r"5\text{ is wrong} + 0", "5"),
+    (r"5\text{!}", "5"),
+    (r"5\text{?}", "5"),
+    (r"5\text{%}", "5"),
+    (r"5\mathrm{or 6}", "5"),
+    ("5 is incorrect", "5"),
+    ("5 plus one", "5"),
+    ("5 times two", "5"),
+    ("5 choose two", "5"),
+    ("5 possibly six perhaps seven", "5"),
+    ("16 over seventeen", "16"),
+    ("16 divided by two", "16"),
+    ("16 more than", "16"),
+    ("16 might be wrong", "16"),
+    ("5 million", "5"),
+    (r"5\text{ thousand}", "5"),
+    (r"5\text{ dozen}", "5"),
+    ("5 million", r"5\text{ thousand}"),
+    ("3 cubed", "3"),
+    (r"3\text{ halves}", "3"),
 ]
 
 
