@@ -26,7 +26,8 @@ from megatron_rpp.reward.readings import (
 )
 
 _MAX_ITEMS = 100
-_MAX_PRODUCT = 4  # letters of an unmarked word that may be a product of symbols
+# Letters of an unmarked word that may be a product of symbols: against a formula, and against another word.
+_MAX_PRODUCT, _MAX_WORD = 4, 2
 _OPEN = {"(": True, "[": False, ")": True, "]": False}
 _FLIPPED = {"<": ">", r"\le": r"\ge"}
 
@@ -57,7 +58,7 @@ def equal(given: Reading, gold: Reading) -> bool:
     left, right = _expression(given), _expression(gold)
     if left is None or right is None or isinstance(left, Set) or isinstance(right, Set):
         return _equal_sets(given, gold)
-    return formulas.equal(left, right)
+    return not _differ_in_case(given, gold) and formulas.equal(left, right)
 
 
 def _one_of(reading: Reading) -> Reading:
@@ -73,6 +74,13 @@ def _expression(reading: Reading) -> Basic | MatrixBase | None:
     if isinstance(reading, Fraction):
         return sympy.Rational(reading.numerator, reading.denominator)
     return reading.expression if isinstance(reading, Formula) else None
+
+
+def _differ_in_case(given: Reading, gold: Reading) -> bool:
+    """True if a letter is a capital in one of two formulas only, and small in the other only: n and N."""
+    if not (isinstance(given, Formula) and isinstance(gold, Formula)):
+        return False
+    return any(letter.swapcase() in gold.letters - given.letters for letter in given.letters - gold.letters)
 
 
 def _equal_named(given: Reading, gold: Reading) -> bool:
@@ -157,11 +165,16 @@ def _product(reading: Reading) -> Expr | None:
 def _equal_words(given: Reading, gold: Reading) -> bool:
     if isinstance(given, Word) and isinstance(gold, Word) and given.text == gold.text:
         return True
-    expressions = []
+    most = _MAX_WORD if isinstance(given, Word) and isinstance(gold, Word) else _MAX_PRODUCT
+    products = []
     for reading in (given, gold):
-        is_product = isinstance(reading, Word) and not reading.marked and len(reading.text) <= _MAX_PRODUCT
-        expressions.append(read_formula(reading.text) if is_product else _expression(reading))
-    return None not in expressions and formulas.equal(*expressions)
+        if isinstance(reading, Word):
+            if reading.marked or len(reading.letters) > most or (most == _MAX_WORD and reading.letters.isupper()):
+                return False
+            expression = read_formula(reading.letters)
+            reading = None if expression is None else Formula(expression, frozenset(reading.letters))
+        products.append(reading)
+    return isinstance(products[0], Formula) and isinstance(products[1], Formula) and equal(*products)
 
 
 def _equal_numerals(given: Reading, gold: Reading) -> bool:

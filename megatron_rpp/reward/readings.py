@@ -24,10 +24,11 @@ _MAX_DIGITS = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """text: lower case. marked: written as text, so that it is no product of its letters."""
+    """text: lower case. marked: written as text, so that it is no product of its letters. letters: as written."""
 
     text: str
     marked: bool
+    letters: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,10 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Formula:
+    """letters: those of the text, as written: math-verify's parser makes lower case of them."""
+
     expression: Basic
+    letters: frozenset[str] = frozenset()
 
 
 Reading = Word | Numeral | Clock | Percent | Scaled | Ratio | Choice | Group | Named | Relation | Formula | Fraction
@@ -119,6 +123,9 @@ _CLOCK = re.compile(
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[A-Za-z][A-Za-z'. -]*[A-Za-z.]")
+_SHORT_PARTS = re.compile(r"(?![A-Z ]+$)[A-Za-z]{1,2}(?:[- ]+[A-Za-z]{1,2})+")  # "a - b", "x y"; not "A B"
+_LETTER = re.compile(r"[A-Za-z]")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _CHOICE = re.compile(r"(?:\\text\{ ?\(([A-Z])\) ?\}|\(([A-Z])\)|([A-Z])[).:](?= )) ?(.*)", re.DOTALL)
 _ORDINAL = re.compile(r"(?<=[0-9])(?:(?:\^ ?\{? ?)?\\text\{ ?(?:st|nd|rd|th) ?\} ?\}?|(?:st|nd|rd|th))$")
@@ -146,6 +153,9 @@ _NAME = re.compile(
       | \|[A-Z]{1,2}\|""",
     re.VERBOSE,
 )
+_NAME_OF_VALUE = re.compile(r"\\?[A-Za-z]+(?:\^\{-1\})?\ ?\(\ ?[A-Za-z0-9,\ ]+\ ?\)")  # f(3)
+_NAME_BEGIN = re.compile(r"\\?[A-Za-z(|]|\[[A-Z]{3}")
+_NO_NAME = re.compile(r"(?<![_0-9^{])[0-9]|[?!]|\b(?:or|not|but|except|never|wrong|anything)\b", re.IGNORECASE)
 _GAP = re.compile(r"(?<![_^])[0-9] [0-9.]")
 _LATEX = LatexExtractionConfig(
     boxed_match_priority=0,
@@ -228,14 +238,17 @@ def _read_text(text: str) -> Reading | None:
     if plain != text and _TEXT.fullmatch(text):
         inner = None if is_words else read(plain)
         return inner if inner is not None else Word(_word(plain), True)
+    if is_words and plain == text and _SHORT_PARTS.fullmatch(text):
+        return _as_formula(text)
     if is_words:
-        return Word(_word(plain), plain != text or " " in plain)
+        return Word(_word(plain), plain != text or " " in plain, plain)
     return None
 
 
 def _as_formula(text: str) -> Formula | None:
     expression = read_formula(text)
-    return Formula(expression) if expression is not None else None
+    letters = frozenset(_LETTER.findall(_COMMAND.sub(" ", _TEXT.sub(" ", text))))
+    return Formula(expression, letters) if expression is not None else None
 
 
 def _word(text: str) -> str:
@@ -305,15 +318,24 @@ def _read_sides(text: str) -> Reading | None:
 
 def _equation(sides: list[str]) -> Reading | None:
     """A name and its value, in either order; without a name, a chain of values or an equation in unknowns."""
+    if len(sides) == 2 and all(map(_LETTER.fullmatch, sides)):
+        return Relation(tuple(map(read_formula, sides)), ("=",))
     if len(sides) == 2 and not _NAME.fullmatch(sides[0]):
         left, right = (read_formula(side) for side in sides)
         if _NAME.fullmatch(sides[1]):
             sides = sides[::-1]
         elif left is not None and right is not None and left.free_symbols | right.free_symbols:
             return Relation((left, right), ("=",))
-    has_name = _NAME.fullmatch(sides[0]) or (len(sides) == 2 and read(sides[0]) is None)
+    has_name = _is_name(sides[0], len(sides) == 2)
     values = tuple(read(side) for side in (sides[1:] if has_name else sides))
     return None if None in values else Named(joined(sides[0]).lower() if has_name else "", values)
+
+
+def _is_name(side: str, is_only: bool) -> bool:
+    """True for what may be named. Of the left sides that nothing reads, those without a number, a doubt or a choice."""
+    if _NO_NAME.search(side) and not _NAME_OF_VALUE.fullmatch(side):
+        return False
+    return bool(_NAME.fullmatch(side)) or (is_only and bool(_NAME_BEGIN.match(side)) and read(side) is None)
 
 
 def _read_quantity(text: str) -> Reading | None:

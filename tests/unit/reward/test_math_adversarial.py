@@ -61,6 +61,22 @@ EQUAL = [
     ("5", r"5\text{ million}"),
     (r"5\text{ million}", "5 million"),
     ("2 dozen", "24"),
+    # names and letters
+    (r"\text{Area} = 5", "5"),
+    ("f(3) = 5", "5"),
+    ("P(A) = 5", "5"),
+    (r"A \cap B = 5", "5"),
+    ("x_1 = 5", "5"),
+    ("|AB| = 5", "5"),
+    ("East", "east"),
+    ("NO", "no"),
+    ("ab", "ba"),
+    ("AB", "AB"),
+    (r"a\cdot b\cdot c", "cab"),
+    ("a - b", "-b+a"),
+    ("x - y", "-y+x"),
+    ("-cd+ab", "ab-cd"),
+    ("x y", "xy"),
 ]
 DIFFERENT = [
     (r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}", COLUMN),
@@ -98,6 +114,23 @@ DIFFERENT = [
     ("5 million", r"5\text{ thousand}"),
     ("3 cubed", "3"),
     (r"3\text{ halves}", "3"),
+    # left sides that name nothing
+    ("4 5 = 5", "5"),
+    ("1 2 = 5", "5"),
+    ("4? = 5", "5"),
+    ("?=5", "5"),
+    (r"\text{6 or 7} = 5", "5"),
+    (r"\text{anything but } = 5", "5"),
+    (r"\text{not } = 5", "5"),
+    ("D=C", "C"),
+    # words are no products, and letters have case
+    ("CAB", "BCA"),
+    ("TTH", "HTT"),
+    ("east", "seat"),
+    ("ON", "NO"),
+    ("X+Y", "x+y"),
+    ("n", "N"),
+    ("a - b", "b - a"),
 ]
 
 
