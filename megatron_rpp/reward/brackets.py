@@ -8,6 +8,7 @@ from collections.abc import Iterator
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _OPEN = frozenset(("(", "[", "{", r"\{", r"\lbrace", r"\langle", r"\lfloor", r"\lceil", r"\begin"))
 _CLOSE = frozenset((")", "]", "}", r"\}", r"\rbrace", r"\rangle", r"\rfloor", r"\rceil", r"\end"))
+_MAX_DEPTH = 20
 _THOUSANDS_BEFORE = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})*$")
 _THOUSANDS_AFTER = re.compile(r",[0-9]{3}(?![0-9])")
 _AND_OR = re.compile(
@@ -38,6 +39,25 @@ def tokens(text: str) -> Iterator[tuple[int, str, int]]:
         yield match.start(), token, depth
         if token in _OPEN:
             depth += 1
+
+
+def is_readable(text: str) -> bool:
+    """True if the brackets close in order, at most 20 deep. "(" and "[" may close each other: (1,2]."""
+    waiting: list[bool] = []  # of each open bracket, whether it is a brace or a command
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token in _OPEN:
+            waiting.append(token not in "([")
+            if len(waiting) > _MAX_DEPTH:
+                return False
+        elif token in _CLOSE and (not waiting or waiting.pop() == (token in ")]")):
+            return False
+    return not waiting
+
+
+def is_deep(prose: str) -> bool:
+    """True if more than 20 brackets are open at once. In prose they need not close."""
+    return any(depth > _MAX_DEPTH for _, _, depth in tokens(prose))
 
 
 def split(text: str, separators: frozenset[str]) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ import sympy
 from sympy import Basic, Expr, Interval, MatrixBase, Set, Symbol
 
 from megatron_rpp.reward import formulas
-from megatron_rpp.reward.readings import (
+from megatron_rpp.reward.kinds import (
     Choice,
     Clock,
     Formula,
@@ -20,10 +20,11 @@ from megatron_rpp.reward.readings import (
     Ratio,
     Reading,
     Relation,
+    Residue,
     Scaled,
     Word,
-    read_formula,
 )
+from megatron_rpp.reward.readings import read_formula
 
 _MAX_ITEMS = 100
 # Letters of an unmarked word that may be a product of symbols: against a formula, and against another word.
@@ -35,10 +36,15 @@ _FLIPPED = {"<": ">", r"\le": r"\ge"}
 def equal(given: Reading, gold: Reading) -> bool:
     """True if the given answer says what the reference says. Raises: TooLargeError, and what sympy raises."""
     given, gold = _one_of(given), _one_of(gold)
+    if isinstance(given, Group) != isinstance(gold, Group):
+        given, gold = (_spelled_out(given), gold) if _has_names(gold) else (given, gold)
+        given, gold = (given, _spelled_out(gold)) if _has_names(given) else (given, gold)
     if isinstance(given, Named) or isinstance(gold, Named):
         return _equal_named(given, gold)
     if isinstance(given, Choice) or isinstance(gold, Choice):
         return _equal_choices(given, gold)
+    if isinstance(given, Residue) or isinstance(gold, Residue):
+        return _equal_residues(given, gold)
     if isinstance(given, Scaled) or isinstance(gold, Scaled):
         return _equal_scaled(given, gold)
     if isinstance(given, Percent) or isinstance(gold, Percent):
@@ -91,9 +97,15 @@ def _equal_named(given: Reading, gold: Reading) -> bool:
     both = isinstance(given, Named) and isinstance(gold, Named)
     are_other_names = both and given.name and gold.name and given.name != gold.name
     if are_other_names or isinstance(given, Relation) or isinstance(gold, Relation):
+        if _is_set(given_value) or _is_set(gold_value):  # x in [2, oo), against x >= 2
+            return not are_other_names and _equal_sets(given_value, gold_value)
         left, right = _as_relation(given), _as_relation(gold)
         return left is not None and right is not None and _equal_relations(left, right)
     return equal(given_value, gold_value)
+
+
+def _is_set(reading: Reading) -> bool:
+    return isinstance(reading, Group) or (isinstance(reading, Formula) and isinstance(reading.expression, Set))
 
 
 def _value(reading: Reading) -> Reading | None:
@@ -116,11 +128,14 @@ def _only_item(reading: Reading) -> Reading | None:
 
 
 def _right_side(relation: Reading) -> Reading | None:
-    """The value of "m + n = 7": its left side names what was asked for. "2x = 6" names nothing."""
+    """The value of "m + n = 7": its left side names what was asked for. "2x = 6" and "x^2 + y^2 = 25" name nothing."""
     if not isinstance(relation, Relation):
         return None
     left, right = relation.sides[0], relation.sides[-1]
     if relation.signs != ("=",) or len(left.free_symbols) < 2 or right.free_symbols:
+        return None
+    factors = {factor for term in sympy.Add.make_args(left.doit()) for factor in sympy.Mul.make_args(term)}
+    if any(factor != -1 and not isinstance(factor, Symbol) for factor in factors):
         return None
     return Formula(right)
 
@@ -145,6 +160,14 @@ def _equal_percents(given: Reading, gold: Reading) -> bool:
     if number is None or value is None:
         return False
     return formulas.equal(number, value) or formulas.equal(number / 100, value)
+
+
+def _equal_residues(given: Reading, gold: Reading) -> bool:
+    """7 (mod 12) equals 7 (mod 12) and 7, and not 7 (mod 13)."""
+    if isinstance(given, Residue) and isinstance(gold, Residue):
+        return equal(given.modulus, gold.modulus) and equal(given.number, gold.number)
+    left, right = (side.number if isinstance(side, Residue) else side for side in (given, gold))
+    return equal(left, right)
 
 
 def _equal_scaled(given: Reading, gold: Reading) -> bool:
@@ -178,11 +201,11 @@ def _equal_words(given: Reading, gold: Reading) -> bool:
 
 
 def _equal_numerals(given: Reading, gold: Reading) -> bool:
-    """1011_2 equals 1011_2 and 1011, where the base is left out, and not 1011_3 or 11."""
-    if isinstance(given, Numeral) and isinstance(gold, Numeral):
-        return given == gold
-    numeral, other = (given, gold) if isinstance(given, Numeral) else (gold, given)
-    return isinstance(other, Fraction) and other.denominator == 1 and str(other) == numeral.digits
+    """1011_2 and 1011, where the response leaves the base out, answer 1011_2; 1011_3 and 11 do not."""
+    if not isinstance(gold, Numeral):
+        return False
+    is_whole = isinstance(given, Fraction) and given.denominator == 1
+    return given == gold or (is_whole and str(given) == gold.digits)
 
 
 def _equal_clocks(given: Reading, gold: Reading) -> bool:
@@ -213,12 +236,47 @@ def _equal_groups(given: Group, gold: Group) -> bool:
         return _contains(given.items, gold.items) and _contains(gold.items, given.items)
     if len(given.items) != len(gold.items):
         return False
+    if kinds == {""} and _has_names(gold) and not any(isinstance(item, Named) for item in given.items):
+        return all(map(equal, given.items, gold.items))
     if kinds == {""}:
         return _is_permutation(given.items, gold.items)
+    if "" in kinds:
+        given, gold = (_as_pair(group) for group in (given, gold))
+    if given is None or gold is None:
+        return False
     brackets = {(group.opening, group.closing) for group in (given, gold)}
-    if "" not in kinds and len(gold.items) == 2 and len(brackets) > 1:
+    if len(gold.items) == 2 and len(brackets) > 1:
         return False  # an open and a closed interval
     return all(equal(left, right) for left, right in zip(given.items, gold.items, strict=True))
+
+
+def _has_names(reading: Reading) -> bool:
+    """True for a bare list that gives several names a value each: k = 2, n = 3. "x = 2, x = 3" has one name."""
+    if not isinstance(reading, Group) or reading.opening or not all(isinstance(item, Named) for item in reading.items):
+        return False
+    names = {item.name for item in reading.items}
+    return len(names) == len(reading.items) and "" not in names
+
+
+def _spelled_out(reading: Reading) -> Reading:
+    """n = 3, k = 2 for "(n,k) = (3,2)"."""
+    if not isinstance(reading, Named) or not reading.name.startswith("(") or len(reading.values) != 1:
+        return reading
+    names, value = reading.name.strip("()").split(","), reading.values[0]
+    if not isinstance(value, Group) or value.opening != "(" or len(names) != len(value.items):
+        return reading
+    items = tuple(Named(name, (item,)) for name, item in zip(names, value.items, strict=True))
+    return Group("", items, "", (",",) * (len(items) - 1))
+
+
+def _as_pair(group: Group) -> Group | None:
+    """A bare list as a pair: its items are parted by commas, or have names, which give the order."""
+    if group.opening:
+        return group
+    if _has_names(group):
+        return Group("(", tuple(sorted(group.items, key=lambda item: item.name)), ")")
+    is_pair = group.separators == (",",) * (len(group.items) - 1) and not any(isinstance(item, Named) for item in group.items)
+    return Group("(", group.items, ")") if is_pair else None
 
 
 def _contains(items: Sequence[Reading], others: Sequence[Reading]) -> bool:

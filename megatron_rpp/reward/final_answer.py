@@ -17,6 +17,9 @@ _LIST_GLUE = re.compile(
     re.VERBOSE,
 )
 
+_LIST_OR_GLUE = re.compile(_LIST_GLUE.pattern.replace("?and(", "?(?:and|or)("), re.VERBOSE)
+_OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+
 _MARKER = re.compile(r"^[ \t]*####(?!#)[ \t]*(.*)$", re.MULTILINE)
 _LABEL = re.compile(
     r"(?:(?:the|my|our)\s+)?(?:final\s+)?answer(?:\s+is)?\s*(?::|(?<=is)\s|$)\s*",
@@ -51,11 +54,19 @@ _MAX_CLAUSE = 300
 _MAX_BOXES = 50
 
 
-def explicit_answer(text: str) -> str | None:
-    """The content of the last box or boxes, else of the last "####" line that holds an answer, else None."""
-    if (content := _last_boxes(text)) is not None:
+def explicit_answer(text: str, *, with_or: bool = False) -> str | None:
+    """The content of the last box or boxes, else of the last "####" line that holds an answer, else None.
+
+    with_or: boxes joined by "or" are one list too.
+    """
+    if (content := _last_boxes(text, _LIST_OR_GLUE if with_or else _LIST_GLUE)) is not None:
         return content.strip()
     return _marked(text)
+
+
+def has_open_box(text: str) -> bool:
+    """True if a box begins in a text without a complete box: the answer was cut off."""
+    return bool(_OPEN_BOX.search(text))
 
 
 def stated_answer(text: str) -> str | None:
@@ -80,7 +91,7 @@ def is_mathematics(text: str) -> bool:
     return all(word in ("and", "or", "pi", "sqrt") for word in words) and not text.endswith("=")
 
 
-def _last_boxes(text: str) -> str | None:
+def _last_boxes(text: str, glue: re.Pattern[str]) -> str | None:
     """What the complete box that begins last holds, after the boxes that form a list with it.
 
     One pass: a model that repeats "\\boxed{" for ever costs no more than others.
@@ -102,7 +113,7 @@ def _last_boxes(text: str) -> str | None:
         return None
     begin, _, content = boxes.pop()
     contents = [content]
-    while boxes and len(contents) < _MAX_BOXES and _LIST_GLUE.fullmatch(text[boxes[-1][1] : begin]):
+    while boxes and len(contents) < _MAX_BOXES and glue.fullmatch(text[boxes[-1][1] : begin]):
         begin, _, content = boxes.pop()
         if content not in contents:
             contents.append(content)

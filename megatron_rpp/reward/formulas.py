@@ -147,7 +147,11 @@ def _bits(expression: Basic) -> int:
         bits = size * size.bit_length()
     elif isinstance(expression, sympy.Sum | sympy.Product):
         spans = [end - begin for _, begin, end in expression.limits]
+        if any(span.free_symbols for span in spans):
+            raise TooLargeError("a number of terms that is not said")
         bits = _bits(expression.function) * math.prod(_size(span) for span in spans if span.is_finite)
+    elif isinstance(expression, sympy.Integral) and not expression.function.is_polynomial(*expression.variables):
+        raise TooLargeError("an integral that may take for ever")
     elif expression.args:
         bits = sum(_bits(argument) for argument in expression.args)
     else:

@@ -18,11 +18,13 @@ from functools import lru_cache
 import math_verify
 
 from megatron_rpp.reward.base import RewardInput
+from megatron_rpp.reward.brackets import is_deep, split_list
 from megatron_rpp.reward.equality import equal
-from megatron_rpp.reward.final_answer import explicit_answer, is_mathematics, stated_answer
+from megatron_rpp.reward.final_answer import explicit_answer, has_open_box, is_mathematics, stated_answer
 from megatron_rpp.reward.formulas import SYMPY_ERRORS
+from megatron_rpp.reward.kinds import Reading
 from megatron_rpp.reward.notation import canonical, joined, plain, with_marked_mixed
-from megatron_rpp.reward.readings import MAX_CHARS, Reading, read, silence_libraries
+from megatron_rpp.reward.readings import MAX_CHARS, read, silence_libraries
 from megatron_rpp.reward.thought import after_thought
 from megatron_rpp.reward.units import changes_number
 
@@ -37,7 +39,9 @@ def score(item: RewardInput) -> float:
     response = after_thought(item)
     given = explicit_answer(response)
     if given is not None:
-        return float(are_equal(given, gold))
+        return float(are_equal(given, gold) or _are_all_of(response, gold))
+    if has_open_box(response):
+        return 0.0
     if _same_text(response, gold):
         return 1.0
     prose = plain(response[-_TAIL:])
@@ -67,9 +71,15 @@ def are_equal(given: str, gold: str) -> bool:
         return False
 
 
+def _are_all_of(response: str, gold: str) -> bool:
+    """True for boxes joined by "or" that are the items of a reference with several: the roots of an equation."""
+    boxes = explicit_answer(response, with_or=True)
+    return boxes != explicit_answer(response) and len(split_list(gold)[0]) > 1 and are_equal(boxes or "", gold)
+
+
 def _is_last_expression(prose: str, gold: str) -> bool:
     """True if the last expression that math-verify finds in the prose equals the reference."""
-    if len(gold) > _LONGEST:
+    if len(gold) > _LONGEST or is_deep(prose):
         return False
     try:
         parsed = math_verify.parse(with_marked_mixed(prose), parsing_timeout=None)

@@ -36,7 +36,11 @@ _ROW_END = re.compile(r"\\\\(?:\s*\[-?[0-9.]+\s*[a-z]{2}\])?")
 _ROW_MARK = "\x02"
 
 # Spacing, sizes and styles that change nothing.
-_STYLE = re.compile(r"\\(?:displaystyle|textstyle|left|right|[bB]igg?[lrm]?|limits|nolimits)(?![a-zA-Z])")
+_STYLE = re.compile(
+    r"""\\(?: displaystyle | textstyle | left | right | [bB]igg?[lrm]? | limits | nolimits
+        | large | Large | LARGE | huge | Huge | small | normalsize )(?![a-zA-Z])""",
+    re.VERBOSE,
+)
 _SPACE = re.compile(
     r"\\[,;:>!\ ] | \\text\{\ *\} | \\(?:q?quad|space)(?![a-zA-Z]) | \\hspace\*?\{[^{}]*\} | (?<=[0-9])\{\} | ~ | \s",
     re.VERBOSE,
@@ -52,6 +56,9 @@ _SYNONYMS = (
     (re.compile(r"\\leq(?:slant)?(?![a-zA-Z])"), r"\\le"),
     (re.compile(r"\\geq(?:slant)?(?![a-zA-Z])"), r"\\ge"),
     (re.compile(r"\\neq(?![a-zA-Z])"), r"\\ne"),
+    (re.compile(r"\\not\s*="), r"\\ne "),
+    (re.compile(r"\.{3,}|\u2026|\\(?:[lc]?dots|dots[bcimo])(?![a-zA-Z])"), r"\\ldots "),
+    (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}"), ""),
     (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
     (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
     (re.compile(r"\\colon(?![a-zA-Z])|\\mathbin\{:\}|\{:\}"), ":"),
@@ -69,6 +76,7 @@ _EDGES = re.compile(r"^(?:[\s.,;:](?![0-9]))+|(?:\x02|[\s,;:]|\.(?!\.))+$")
 # Digits. A group of thousands is three digits; what is left of white space between digits joins nothing.
 _SPLIT_THOUSANDS = re.compile(r"(?<![0-9.,}])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9]| [0-9])")
 _BRACED_THOUSANDS = re.compile(r"(?<=[0-9])\{,\}\s*(?=[0-9]{3})")
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!)(?=[0-9]{3})")
 # \frac and \sqrt with arguments that have no braces.
 _SINGLE = r"([0-9A-Za-z]|\\pi(?![A-Za-z])|\\[A-Za-z]+(?![A-Za-z{]))"
 _UNBRACED = (
@@ -99,6 +107,7 @@ def with_marked_mixed(prose: str) -> str:
 
 def canonical(text: str) -> str:
     """An answer in one spelling. White space between digits stays unless it parts thousands: "1 2" is not "12"."""
+    text = _THOUSANDS.sub("", text)
     text = _ROW_END.sub(_ROW_MARK, without_emphasis(_wide_to_ascii(text).strip()))
     text = _runs(_runs(_VULGAR.sub(_vulgar, text), _RAISED, "^{{{}}}"), _LOWERED, "_{{{}}}")
     text = _ROOT.sub(_root, text)

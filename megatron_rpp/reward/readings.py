@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
@@ -14,7 +13,23 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig
 from sympy import Basic
 
-from megatron_rpp.reward.brackets import split, split_inside, split_list
+from megatron_rpp.reward.brackets import is_readable, split, split_inside, split_list
+from megatron_rpp.reward.kinds import (
+    EMPTY_SET,
+    Choice,
+    Clock,
+    Formula,
+    Group,
+    Named,
+    Numeral,
+    Percent,
+    Ratio,
+    Reading,
+    Relation,
+    Residue,
+    Scaled,
+    Word,
+)
 from megatron_rpp.reward.notation import joined
 from megatron_rpp.reward.units import factor_of
 
@@ -22,94 +37,6 @@ MAX_CHARS = 1_000  # longer answers are compared as text only
 _MAX_DIGITS = 1_000
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
-    """text: lower case. marked: written as text, so that it is no product of its letters. letters: as written."""
-
-    text: str
-    marked: bool
-    letters: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Numeral:
-    """Digits in a base, as written: 1011_2."""
-
-    digits: str
-    base: str
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """A time of day. half: "am", "pm", or "" when it is not said."""
-
-    digits: tuple[int, ...]
-    half: str
-
-
-@dataclass(frozen=True, slots=True)
-class Percent:
-    number: Reading
-
-
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """A number with a word for a power of ten, or "dozen": 5 million."""
-
-    number: Reading
-    factor: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    parts: tuple[Reading, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A letter of a multiple choice, with the value that stands beside it."""
-
-    letter: str
-    value: Reading
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Items in brackets: a pair, an interval, a set. A bare list has empty brackets and the separators of its items."""
-
-    opening: str
-    items: tuple[Reading, ...]
-    closing: str
-    separators: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """name = value, or name in value; of a chain "x = a = b" all values. The name is empty in "2^{10} = 1024"."""
-
-    name: str
-    values: tuple[Reading, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """A chain of two or more formulas with =, <, >, <=, >=, != between them."""
-
-    sides: tuple[Basic, ...]
-    signs: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Formula:
-    """letters: those of the text, as written: math-verify's parser makes lower case of them."""
-
-    expression: Basic
-    letters: frozenset[str] = frozenset()
-
-
-Reading = Word | Numeral | Clock | Percent | Scaled | Ratio | Choice | Group | Named | Relation | Formula | Fraction
-
-EMPTY_SET = Group(r"\{", (), r"\}")
 _EMPTY_SET = re.compile(r"\\emptyset|\\\{ ?\\\}|no (?:real )?solutions?|(?:the )?empty set", re.IGNORECASE)
 _REALS = re.compile(r"all reals?(?: numbers)?", re.IGNORECASE)
 _PHRASES = {"dne": "does not exist", "d.n.e": "does not exist"}
@@ -117,7 +44,15 @@ _NUMBER = re.compile(r"([-+]?) ?([0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 _FRACTION = re.compile(r"([-+]?) ?(?:([0-9]+) ?/ ?([0-9]+)|\\frac\{ ?(-? ?[0-9]+) ?\}\{ ?([0-9]+) ?\})")
 _COMMAS = re.compile(r"([-+]?)([1-9][0-9]{0,2}(?:,[0-9]{3})+)(\.[0-9]+)?")
 _REPEATING = re.compile(r"(-?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{? ?([0-9]+) ?\}?")
-_NUMERAL = re.compile(r"(-?[0-9][0-9A-Za-z.]*) ?_ ?\{? ?([0-9]+) ?\}?")
+_ELLIPSIS = r"\ldots"
+_DOTS = re.compile(r"(-?[0-9]*\.[0-9]*?)([0-9]+?)\2{2,} ?\\ldots")
+_BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
+_BASES |= {"ten": "10", "twelve": "12", "sixteen": "16"}
+_NUMERAL = re.compile(
+    rf"""\(?(-?[0-9][0-9A-Za-z.]*)\)? (?: \ ?_ | (?:\ |\ ?\\text\{{\ ?)(?:in\ )?base )
+        [\ {{}}]* (?:\\text\{{\ ?)? ([0-9]+|{"|".join(_BASES)}) [\ }}]*""",
+    re.VERBOSE,
+)
 _CLOCK = re.compile(
     r"([0-9]{1,2})((?::[0-9]{2}){0,2}) ?(?:\\text\{)? ?([ap])?\.? ?(?(3)m\.?) ?\}?",
     re.IGNORECASE,
@@ -137,11 +72,15 @@ _PLAIN_UNITS = re.compile(
           | \ ?(?:[cmk]m|in|ft|mi|kg|mg|ml|lbs?|oz|mph|km/h|m/s|rad)(?:\^\ ?\{?[23]\}?)? )\.?$""",
     re.VERBOSE,
 )
+_PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
+_RESIDUE = re.compile(r"(?:[A-Za-z] ?\\equiv ?)?(.*?) ?\\pmod ?\{? ?([0-9A-Za-z]+) ?\}?")
+_SET_BUILDER = re.compile(r"[A-Za-z] ?(?:\\mid|\\vert|\||:) ?(.*)", re.DOTALL)
+_SIGN_FIRST = re.compile(r"[<>]|\\(?:ne|le|ge|in)(?![A-Za-z])")
 _PERCENT = re.compile(r"(.*[0-9})]) ?\\%", re.DOTALL)
 _DEGREES = re.compile(r"\^ ?\\circ ?(?:[CF]|\\text\{ ?[CF] ?\})?(?![A-Za-z])")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])")
 _ANGLE = re.compile(r"([0-9.]+) ?\^ ?\\circ")
-_ABOUT = re.compile(r"^(?:\\approx|\\sim)(?![A-Za-z]) ?")
+_LEAD = re.compile(r"^(?:=|\\(?:approx|sim|therefore|implies|(?:Long)?[Rr]ightarrow)(?![A-Za-z])) ?")
 _SIGNS = frozenset(("=", "<", ">", r"\le", r"\ge", r"\ne", r"\in"))
 # x, f(x), a_1, f^{-1}(x), (x, y), \text{Area}, \angle ABC, \overline{AB}, |AB|
 _NAME = re.compile(
@@ -166,18 +105,25 @@ _LATEX = LatexExtractionConfig(
 
 def read(text: str) -> Reading | None:
     """What a canonical text says, or None for what nothing reads."""
-    text = _ABOUT.sub("", text)
+    text = _LEAD.sub("", text)
     if not text or len(text) > MAX_CHARS:
         return None
     if (number := read_number(text)) is not None:
         return number
-    if _EMPTY_SET.fullmatch(_unwrapped(text)):
+    if _ELLIPSIS in text:
+        return _read_ellipsis(text)
+    if _EMPTY_SET.fullmatch(_unwrapped(text).rstrip(". ")):
         return EMPTY_SET
     if _REALS.fullmatch(_unwrapped(text)):
         return Formula(sympy.S.Reals)
     if (match := _CHOICE.fullmatch(text)) and match[4]:
         value = read(match[4])
         return Choice((match[1] or match[2] or match[3]).lower(), value) if value is not None else None
+    if not is_readable(text):
+        return None
+    if match := _RESIDUE.fullmatch(text):
+        number, modulus = read(match[1]), read(match[2])
+        return Residue(number, modulus) if number is not None and modulus is not None else None
     for form in (_read_text, _read_list, _read_sides, _read_group, _read_quantity):
         if (reading := form(text)) is not None:
             return reading
@@ -205,7 +151,9 @@ def read_number(text: str) -> Fraction | None:
 
 def read_formula(text: str) -> Basic | None:
     """The expression that math-verify's parser makes of LaTeX. Digits with white space between them are not read."""
-    if _GAP.search(text) or not text.isascii() or "answer" in text.lower():
+    if _GAP.search(text) or _SIGN_FIRST.match(text) or re.search("[0-9] ?'", text):
+        return None
+    if not text.isascii() or "answer" in text.lower():
         return None  # math-verify looks for numbers after the word "answer"
     if any(factor_of(inside) is None for inside in _TEXT.findall(text)):
         return None
@@ -220,6 +168,12 @@ def read_formula(text: str) -> Basic | None:
     return parsed[0].xreplace(dict.fromkeys(symbols, sympy.I)) if is_complex else parsed[0]
 
 
+def _read_ellipsis(text: str) -> Fraction | None:
+    """0.333... is 1/3. What other dots leave out is not read."""
+    match = _DOTS.fullmatch(text)
+    return read_number(rf"{match[1]}\overline{{{match[2]}}}") if match else None
+
+
 def _unwrapped(text: str) -> str:
     return " ".join(_TEXT.sub(r" \1 ", text).split())
 
@@ -230,7 +184,7 @@ def _read_text(text: str) -> Reading | None:
         digits = (int(match[1]), *(int(part) for part in match[2].split(":")[1:]))
         return Clock(digits if len(digits) > 1 else (*digits, 0), (match[3] or "").lower() + "m" * bool(match[3]))
     if match := _NUMERAL.fullmatch(text):
-        return Numeral(match[1].lower(), match[2])
+        return Numeral(match[1].lower(), _BASES.get(match[2], match[2]))
     plain = _unwrapped(text)
     if match := re.fullmatch(r"\(?([A-Za-z])\)?\.?", plain):
         return _as_formula(match[1])
@@ -271,10 +225,10 @@ def _read_list(text: str) -> Reading | None:
 
 def _read_plus_minus(text: str) -> Reading | None:
     """\\pm 5 is the list 5, -5."""
-    if text.count(r"\pm") != 1 or r"\mp" in text or r"\{" in text:
+    if len(_PLUS_MINUS.findall(text)) != 1 or r"\mp" in text or r"\{" in text:
         return None
-    plus = re.sub(r"(^|[=({]) ?\+ ?", r"\1", text.replace(r"\pm", "+"))
-    return _group("", [plus, text.replace(r"\pm", "-")], "", ("or",))
+    plus = re.sub(r"(^|[=({]) ?\+ ?", r"\1", _PLUS_MINUS.sub("+", text))
+    return _group("", [plus, _PLUS_MINUS.sub("-", text)], "", ("or",))
 
 
 def _group(opening: str, items: list[str], closing: str, separators: tuple[str, ...] = ()) -> Group | None:
@@ -298,6 +252,8 @@ def _read_group(text: str) -> Reading | None:
         return read(items[0]) if (opening, closing) in (("(", ")"), ("{", "}")) else None
     if opening == "{":
         return None
+    if len(items) == 1 and (match := _SET_BUILDER.fullmatch(items[0])):
+        return read(match[1])
     return _group(opening, items, closing)
 
 

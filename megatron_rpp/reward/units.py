@@ -13,8 +13,7 @@ _FACTORS = {
     "trillion": 1_000_000_000_000,
 }
 # Words that add, multiply, deny, doubt or offer another value. None of them is a unit.
-_NO_UNITS = frozenset(
-    """
+_NO_UNIT_WORDS = """
     or and nor not no never but maybe possibly perhaps probably if unless otherwise else except either neither instead
     is are was be isn may might could can would should about roughly almost nearly around actually rather
     wrong incorrect false true correct unknown
@@ -23,8 +22,8 @@ _NO_UNITS = frozenset(
     double twice triple factorial root power dozens hundreds thousands millions billions trillions
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
     eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
-    """.split()
-)
+"""
+_NO_UNITS = frozenset(_NO_UNIT_WORDS.split())
 _MAX_WORDS = 4
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _EXPONENT = re.compile(r"\^ ?\{?-?[0-9]\}?")

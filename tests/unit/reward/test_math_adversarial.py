@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from megatron_rpp.reward import math
@@ -42,6 +44,11 @@ PROSE = [
     ("#### 42 million", "42", 0.0),
     ("#### 42 million", "42000000", 1.0),
     ("The answer is 42 apples that she has left.", "42", 1.0),
+    # boxes
+    (r"\boxed{x=3} or \boxed{x=-2}", r"x=3 \text{ or } x=-2", 1.0),
+    (r"\boxed{3} or \boxed{-2}", "-2, 3", 1.0),
+    (r"\boxed{3} or \boxed{-2}", "3", 0.0),
+    (r"The answer is \boxed{16", "16", 0.0),
 ]
 EQUAL = [
     # rows of a matrix
@@ -77,6 +84,51 @@ EQUAL = [
     ("x - y", "-y+x"),
     ("-cd+ab", "ab-cd"),
     ("x y", "xy"),
+    # pairs, with and without names
+    ("a=2, b=3", "(2,3)"),
+    ("(2,3)", "a=2, b=3"),
+    ("b=3, a=2", "(2,3)"),
+    ("b=3, a=2", "a=2, b=3"),
+    ("2, 5", "x=2, y=5"),
+    ("x=5, x=2", "2, 5"),
+    ("k=2, n=3", "(n,k)=(3,2)"),
+    ("(n,k)=(3,2)", "k=2, n=3"),
+    ("1,2", "(1,2)"),
+    ("(1,2)", "1,2"),
+    # brackets and sums
+    ("((((5))))", "5"),
+    (r"\sum_{k=1}^{4} k", "10"),
+    (r"\int_0^1 x^2 dx", "1/3"),
+    # bases
+    ("1011", "1011_2"),
+    (r"1011_{\text{two}}", "1011_2"),
+    ("(1011)_2", "1011_2"),
+    ("1011 base 2", "1011_2"),
+    (r"1011\text{ base }2", "1011_2"),
+    # dots, moduli
+    (r"0.333\ldots", r"0.\overline{3}"),
+    ("0.333...", r"0.\overline{3}"),
+    ("0.1666...", r"\frac16"),
+    (r"1,2,3,\ldots", r"1,2,3,\dots"),
+    (r"7 \pmod{12}", "7"),
+    (r"x\equiv 7\pmod{12}", "7"),
+    (r"7 \pmod{12}", r"x\equiv 7 \pmod{12}"),
+    # sets in other forms
+    (r"x\in[2,\infty)", r"x\ge 2"),
+    (r"x\in(-3,5)", "-3<x<5"),
+    (r"\{x\mid x\ge2\}", r"[2,\infty)"),
+    # signs and styles before a value
+    ("= 12", "12"),
+    (r"\therefore 12", "12"),
+    (r"\Rightarrow 12", "12"),
+    (r"\large 12", "12"),
+    (r"\textcolor{red}{12}", "12"),
+    (r"\text{No solution.}", r"\emptyset"),
+    (r"\mathbf{32,\!760}", r"32,\!760"),
+    (r"\textbf{32{,}760}", "32760"),
+    # sums that name what was asked for
+    ("a+b = 5", "5"),
+    ("ab - c = 5", "5"),
 ]
 DIFFERENT = [
     (r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}", COLUMN),
@@ -131,6 +183,48 @@ DIFFERENT = [
     ("X+Y", "x+y"),
     ("n", "N"),
     ("a - b", "b - a"),
+    # pairs
+    ("y=2, x=3", "(2,3)"),
+    ("b=2, a=3", "(2,3)"),
+    ("5,2", "x=2, y=5"),
+    ("k=3, n=2", "(n,k)=(3,2)"),
+    ("1,2", "(1,2]"),
+    ("(1,2]", "1,2"),
+    (r"\pm 3", "(3,-3)"),
+    ("2 or 3", "(2,3)"),
+    ("x=2, x=3", "(2,3)"),
+    # brackets that do not close
+    ("((5)", "5"),
+    ("(5}", "5"),
+    # bases
+    ("5_7", "5"),
+    ("12_5", "12"),
+    (r"12\text{ base 7}", "12_8"),
+    (r"12\text{ base 7}", "12"),
+    ("1011", "11_2"),
+    # dots, primes, denied values
+    ("5...", "5"),
+    (r"5\ldots", "5"),
+    ("1,2,3...", "1,2,3"),
+    ("0.333", "0.333..."),
+    ("5'", "5"),
+    (r"\not= 16", "16"),
+    (r"\ne 16", "16"),
+    ("< 16", "16"),
+    (r"7 \pmod{12}", r"7 \pmod{13}"),
+    (r"x\in(2,\infty)", r"x\ge 2"),
+    # equations that name nothing
+    ("x^2+y^2=25", "25"),
+    ("x^y=3", "3"),
+    ("2a+7b=3", "3"),
+]
+SLOW = [
+    (r"\sum_{k=0}^{n}\binom nk", "2^n"),
+    (r"\int_0^1\frac{\ln(1+x)}{1+x^2}dx", r"\frac{\pi\ln 2}{8}"),
+    ("[" * 50 + "1" + "]" * 50, "2"),
+    ("{" * 900, "2"),
+    ("(" * 900, "2"),
+    (r"\left(" * 150, "2"),
 ]
 
 
@@ -147,3 +241,11 @@ def test_the_same_answer_in_another_form(response: str, answer: str) -> None:
 @pytest.mark.parametrize(("response", "answer"), DIFFERENT)
 def test_an_answer_that_only_looks_like_the_reference(response: str, answer: str) -> None:
     assert math.score(RewardInput("", rf"\boxed{{{response}}}", answer)) == 0.0
+
+
+@pytest.mark.parametrize(("response", "answer"), SLOW)
+def test_what_would_take_long_is_refused_at_once(response: str, answer: str) -> None:
+    begin = time.monotonic()
+    assert math.score(RewardInput("", rf"\boxed{{{response}}}", answer)) == 0.0
+    assert math.score(RewardInput("", f"The answer is {response}", answer)) == 0.0
+    assert time.monotonic() - begin < 2
