@@ -30,6 +30,15 @@ _EMPHASIS = re.compile(
 _NESTING = 3  # **Answer: `9`** is two deep
 
 
+# The end of a turn, and the answer tag of some templates.
+_TAG = re.compile(r"</?answer>|</s>|<\|[\w ]{1,40}\|>")
+
+
+def without_tags(text: str) -> str:
+    """The text with a line break for each tag of a chat template or an answer."""
+    return _TAG.sub("\n", text)
+
+
 def without_emphasis(text: str) -> str:
     """The text without the Markdown marks of bold, italic and code."""
     for _ in range(_NESTING):

@@ -14,7 +14,7 @@ MAX_BITS = 200_000  # a number that needs more is never written out
 _MAX_EXPONENT = 20_000  # decimal exponent of a float
 _SYMBOL_BITS = 16
 _FIRST_DIGITS, _GUARD_DIGITS, _MAX_DIGITS = 30, 10, 4_000
-_NUM_POINTS, _MIN_POINTS = 8, 4
+_NUM_POINTS, _MIN_POINTS, _MAX_TRIED = 8, 4, 40
 # What sympy raises on expressions that it cannot evaluate.
 SYMPY_ERRORS = (
     ArithmeticError,
@@ -101,10 +101,17 @@ def _is_zero_everywhere(left: Expr, right: Expr) -> bool:
     if left.atoms(AppliedUndef) or right.atoms(AppliedUndef):
         return sympy.simplify(left - right) == 0
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    powers = [node for side in (left, right) for node in side.atoms(Pow)]
+    powers = [power for power in powers if power.base.is_negative or power.base.free_symbols]
+    whole = {symbol for power in powers for symbol in power.exp.free_symbols}  # the n of (-1)^n and x^n
     points = random.Random(2501)
     agreed = 0
-    for number in range(_NUM_POINTS):
-        at = {one: _coordinate(points, number, place) for place, one in enumerate(symbols)}
+    for number in range(_MAX_TRIED):
+        if agreed == _NUM_POINTS:
+            break
+        at = {one: _coordinate(points, number, place, one in whole) for place, one in enumerate(symbols)}
+        if not all(_is_real_at(side, at) for side in (left, right)):
+            continue
         values = [side.xreplace(at).doit() for side in (left, right)]
         if any(value.has(*_INFINITE) or not value.is_number for value in values):
             continue
@@ -114,10 +121,27 @@ def _is_zero_everywhere(left: Expr, right: Expr) -> bool:
     return agreed >= _MIN_POINTS or sympy.simplify(left - right) == 0
 
 
-def _coordinate(points: random.Random, number: int, place: int) -> Rational:
+def _coordinate(points: random.Random, number: int, place: int, is_whole: bool) -> Rational:
     """All signs are plus at the first point, minus at the second; they alternate at the third, then they are random."""
     sign = (1, -1, (-1) ** place)[number] if number < 3 else points.choice((-1, 1))
+    if is_whole:
+        return Rational(sign * points.randrange(1, 60))
     return sign * Rational(points.randrange(2**13, 2**15), points.randrange(2**11, 2**12))
+
+
+def _is_real_at(side: Expr, at: dict[Symbol, Rational]) -> bool:
+    """False where a logarithm or an even root of a negative number is taken: laws of roots and logarithms fail there."""
+    for node in side.atoms(Pow, sympy.log):
+        argument = node.args[0].xreplace(at).doit()
+        is_root = isinstance(node, sympy.log) or not _has_real_powers(node.exp.xreplace(at).doit())
+        if is_root and argument.free_symbols == set() and argument.is_negative:
+            return False
+    return True
+
+
+def _has_real_powers(exponent: Expr) -> bool:
+    """True for exponents with which a negative number has a real power: integers and odd roots."""
+    return exponent.is_Rational and exponent.q % 2 == 1
 
 
 def ratio(left: Expr, right: Expr) -> Expr | None:

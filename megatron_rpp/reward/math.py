@@ -19,6 +19,7 @@ import math_verify
 
 from megatron_rpp.reward.base import RewardInput
 from megatron_rpp.reward.brackets import is_deep, split_list
+from megatron_rpp.reward.characters import without_tags
 from megatron_rpp.reward.equality import equal
 from megatron_rpp.reward.final_answer import explicit_answer, has_open_box, is_mathematics, stated_answer
 from megatron_rpp.reward.formulas import SYMPY_ERRORS
@@ -36,7 +37,7 @@ def score(item: RewardInput) -> float:
     """1.0 if the final answer of the response equals the reference, else 0.0. A response without one scores 0."""
     silence_libraries()
     gold = explicit_answer(item.answer) or item.answer.strip()
-    response = after_thought(item)
+    response = without_tags(after_thought(item))
     given = explicit_answer(response)
     if given is not None:
         return float(are_equal(given, gold) or _are_all_of(response, gold))
@@ -82,7 +83,7 @@ def _is_last_expression(prose: str, gold: str) -> bool:
     if len(gold) > _LONGEST or is_deep(prose):
         return False
     try:
-        parsed = math_verify.parse(with_marked_mixed(prose), parsing_timeout=None)
+        parsed = math_verify.parse(with_marked_mixed(prose.replace(r"\$", "")), parsing_timeout=None)
         # Its source text, not its value: this module's own reader knows f(3) = 42, |S| = 42 and 12 + 30 = 42.
         left, right = read(canonical(parsed[-1])) if parsed else None, _read(canonical(gold))
         return left is not None and right is not None and equal(left, right)

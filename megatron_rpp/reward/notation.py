@@ -71,7 +71,7 @@ _SYNONYMS = (
     (re.compile(r"\\text\{\s*(?:percent|pct)\s*\}|(?<=[0-9}\s])(?:percent|pct)(?![A-Za-z])|(?<!\\)%"), r"\\%"),
 )
 _OUTER = tuple(re.compile(pattern, re.DOTALL) for pattern in (r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\{([^{}]*)\}"))
-_EDGES = re.compile(r"^(?:[\s.,;:](?![0-9]))+|(?:\x02|[\s,;:]|\.(?!\.))+$")
+_EDGES = re.compile(r"^(?:[\s.,;:](?![0-9]|\\overline))+|(?:\x02|[\s,;:]|\.(?!\.))+$")
 
 # Digits. A group of thousands is three digits; what is left of white space between digits joins nothing.
 _SPLIT_THOUSANDS = re.compile(r"(?<![0-9.,}])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9]| [0-9])")
@@ -85,6 +85,8 @@ _UNBRACED = (
     (re.compile(rf"\\frac\s*\{{([^{{}}]*)\}}\s*{_SINGLE}"), r"\\frac{\1}{\2}"),
     (re.compile(rf"\\sqrt\s*{_SINGLE}"), r"\\sqrt{\1}"),
 )
+_ROOT_CALL = re.compile(r"\\sqrt ?\(([^()]*)\)")
+_CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}")
 _MIXED = re.compile(r"(?<![0-9.,/^_}])([0-9]+) ([0-9]+) ?/ ?([0-9]+)(?![0-9.])")
 _BARE_MIXED = re.compile(r"(?<![0-9.,/^_}\\])[0-9]+ ?\\frac\{[0-9]+\}\{[0-9]+\}")
 _E_NOTATION = re.compile(r"([-+]?[0-9]*\.?[0-9]+)[eE](-?[0-9]+|\+[0-9]{2,})")
@@ -119,6 +121,7 @@ def canonical(text: str) -> str:
     text = _SPACES.sub(_narrowed, _SPACE.sub(" ", text))
     text = _BRACED_TOKEN.sub(r" \1 ", text)
     text = " ".join(text.split())
+    text = _CHOOSE.sub(r"\\binom{\1}{\2}", _ROOT_CALL.sub(r"\\sqrt{\1}", text))
     text = _strip(text).replace(_ROW_MARK, r"\\")
     text = _BRACED_THOUSANDS.sub("", text)
     text = _SPLIT_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)

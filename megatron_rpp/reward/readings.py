@@ -64,12 +64,12 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _CHOICE = re.compile(r"(?:\\text\{ ?\(([A-Z])\) ?\}|\(([A-Z])\)|([A-Z])[).:](?= )) ?(.*)", re.DOTALL)
 _ORDINAL = re.compile(r"(?<=[0-9])(?:(?:\^ ?\{? ?)?\\text\{ ?(?:st|nd|rd|th) ?\} ?\}?|(?:st|nd|rd|th))$")
-_UNITS = re.compile(r"(?:[ /\\]*\\text\{[^{}]*\}(?: ?\^ ?\{?-?[0-9]\}?)?)+\.?$")
+_UNITS = re.compile(r"(?:(?:[ /\\]|\\cdot)*\\text\{[^{}]*\}(?: ?\^ ?\{?-?[0-9]\}?)?)+\.?$")
 # Words of four letters or more after a space, or a common abbreviation: "12 boxes", "12cm", and not "2xy".
 _PLAIN_UNITS = re.compile(
     r"""(?:(?<=[0-9})])|(?<=\\pi))
         (?: \ +[A-Za-z]{4,} | \ +[A-Za-z]{2,}\ [A-Za-z\ ]{3,}
-          | \ ?(?:[cmk]m|in|ft|mi|kg|mg|ml|lbs?|oz|mph|km/h|m/s|rad)(?:\^\ ?\{?[23]\}?)? )\.?$""",
+          | \ ?(?:[cmk]m|in|ft|mi|kg|mg|ml|lbs?|oz|min|sec|hrs?|USD|mph|km/h|m/s|rad)(?:\^\ ?\{?[23]\}?)? )\.?$""",
     re.VERBOSE,
 )
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
@@ -280,7 +280,7 @@ def _equation(sides: list[str]) -> Reading | None:
         left, right = (read_formula(side) for side in sides)
         if _NAME.fullmatch(sides[1]):
             sides = sides[::-1]
-        elif left is not None and right is not None and left.free_symbols | right.free_symbols:
+        elif None not in (left, right) and None in map(read_number, sides) and left.free_symbols | right.free_symbols:
             return Relation((left, right), ("=",))
     has_name = _is_name(sides[0], len(sides) == 2)
     values = tuple(read(side) for side in (sides[1:] if has_name else sides))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_FACTORS = {
+FACTORS = {
     "dozen": 12,
     "hundred": 100,
     "thousand": 1_000,
@@ -38,9 +38,9 @@ def factor_of(unit: str) -> int | None:
     words = [word.lower() for word in _WORD.findall(text)]
     if _NO_UNIT_SIGNS.search(text) or len(words) > _MAX_WORDS or not _NO_UNITS.isdisjoint(words):
         return None
-    if not _FACTORS.keys().isdisjoint(words[1:]):
+    if not FACTORS.keys().isdisjoint(words[1:]):
         return None
-    return _FACTORS.get(words[0], 1) if words else 1
+    return FACTORS.get(words[0], 1) if words else 1
 
 
 def changes_number(statement: str) -> bool:
@@ -49,4 +49,4 @@ def changes_number(statement: str) -> bool:
     if match is None:
         return False
     words = {word.lower() for word in _WORD.findall(match[1])}
-    return not words.isdisjoint(_NO_UNITS | _FACTORS.keys())
+    return not words.isdisjoint(_NO_UNITS | FACTORS.keys())

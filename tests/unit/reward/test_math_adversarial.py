@@ -49,6 +49,10 @@ PROSE = [
     (r"\boxed{3} or \boxed{-2}", "-2, 3", 1.0),
     (r"\boxed{3} or \boxed{-2}", "3", 0.0),
     (r"The answer is \boxed{16", "16", 0.0),
+    ("<answer>42</answer>", "42", 1.0),
+    ("<answer>41</answer>", "42", 0.0),
+    ("The answer is 42<|im_end|>", "42", 1.0),
+    (r"The total cost is \$42.", "42", 1.0),
 ]
 EQUAL = [
     # rows of a matrix
@@ -129,6 +133,21 @@ EQUAL = [
     # sums that name what was asked for
     ("a+b = 5", "5"),
     ("ab - c = 5", "5"),
+    # roots, binomials, repeating decimals, units
+    (r"\sqrt{x}\sqrt{y}", r"\sqrt{xy}"),
+    (r"\ln x+\ln y", r"\ln(xy)"),
+    (r"\sqrt{x^3}", r"x\sqrt x"),
+    ("6*sqrt(2)", r"6\sqrt2"),
+    ("6sqrt(2)", r"6\sqrt2"),
+    (r"{10 \choose 3}", "120"),
+    (r".\overline{3}", "1/3"),
+    (r"5/12=0.41\overline{6}", "5/12"),
+    ("12 min", "12"),
+    ("18 USD", "18"),
+    (r"24\text{ N}\cdot\text{m}", "24"),
+    (r"\cos n\pi", "(-1)^n"),
+    ("(-1)^{n+2}", "(-1)^n"),
+    ("(ab)^n", "a^nb^n"),
 ]
 DIFFERENT = [
     (r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}", COLUMN),
@@ -217,6 +236,13 @@ DIFFERENT = [
     ("x^2+y^2=25", "25"),
     ("x^y=3", "3"),
     ("2a+7b=3", "3"),
+    # laws of roots, where they do not hold
+    (r"\sqrt{x}\sqrt{y}", r"\sqrt{x+y}"),
+    (r"\sqrt{x^2}", "x"),
+    (r"\ln x+\ln y", r"\ln(x+y)"),
+    (r"\ln(x^2)", r"\ln x"),
+    ("(-1)^{n+1}", "(-1)^n"),
+    (r"\cos n\pi", "(-1)^{2n}"),
 ]
 SLOW = [
     (r"\sum_{k=0}^{n}\binom nk", "2^n"),
