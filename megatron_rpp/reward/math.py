@@ -27,7 +27,7 @@ from megatron_rpp.reward.kinds import Reading
 from megatron_rpp.reward.notation import canonical, joined, plain, with_marked_mixed
 from megatron_rpp.reward.readings import MAX_CHARS, read, silence_libraries
 from megatron_rpp.reward.thought import after_thought
-from megatron_rpp.reward.units import changes_number
+from megatron_rpp.reward.units import begins_with_factor, changes_number
 
 _LONGEST = 2 * MAX_CHARS
 _TAIL = 4_000  # characters from the end in which an answer without a box is looked for
@@ -84,8 +84,10 @@ def _is_last_expression(prose: str, gold: str) -> bool:
         return False
     try:
         parsed = math_verify.parse(with_marked_mixed(prose.replace(r"\$", "")), parsing_timeout=None)
+        if not parsed or begins_with_factor(prose.rpartition(str(parsed[-1]))[2]):
+            return False
         # Its source text, not its value: this module's own reader knows f(3) = 42, |S| = 42 and 12 + 30 = 42.
-        left, right = read(canonical(parsed[-1])) if parsed else None, _read(canonical(gold))
+        left, right = read(canonical(parsed[-1])), _read(canonical(gold))
         return left is not None and right is not None and equal(left, right)
     except SYMPY_ERRORS:
         return False

@@ -57,7 +57,7 @@ _SYNONYMS = (
     (re.compile(r"\\geq(?:slant)?(?![a-zA-Z])"), r"\\ge"),
     (re.compile(r"\\neq(?![a-zA-Z])"), r"\\ne"),
     (re.compile(r"\\not\s*="), r"\\ne "),
-    (re.compile(r"\.{3,}|\u2026|\\(?:[lc]?dots|dots[bcimo])(?![a-zA-Z])"), r"\\ldots "),
+    (re.compile(r"\.{2,}|\u2026|\\(?:[lc]?dots|dots[bcimo])(?![a-zA-Z])"), r"\\ldots "),
     (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}"), ""),
     (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
     (re.compile(r"\\gt(?![a-zA-Z])"), ">"),

@@ -24,6 +24,7 @@ _NO_UNIT_WORDS = """
     eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
 """
 _NO_UNITS = frozenset(_NO_UNIT_WORDS.split())
+_FACTOR = re.compile(rf"[\s$]*(?:{'|'.join(FACTORS)})\b")
 _MAX_WORDS = 4
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _EXPONENT = re.compile(r"\^ ?\{?-?[0-9]\}?")
@@ -41,6 +42,11 @@ def factor_of(unit: str) -> int | None:
     if not FACTORS.keys().isdisjoint(words[1:]):
         return None
     return FACTORS.get(words[0], 1) if words else 1
+
+
+def begins_with_factor(rest: str) -> bool:
+    """True for what stands after the 4 of "4 million"."""
+    return bool(_FACTOR.match(rest))
 
 
 def changes_number(statement: str) -> bool:

@@ -53,6 +53,9 @@ PROSE = [
     ("<answer>41</answer>", "42", 0.0),
     ("The answer is 42<|im_end|>", "42", 1.0),
     (r"The total cost is \$42.", "42", 1.0),
+    ("We get 4 million.", "4", 0.0),
+    ("We get $4$ million.", "4", 0.0),
+    ("We get 4 millipedes.", "4", 1.0),
 ]
 EQUAL = [
     # rows of a matrix
@@ -243,6 +246,7 @@ DIFFERENT = [
     (r"\ln(x^2)", r"\ln x"),
     ("(-1)^{n+1}", "(-1)^n"),
     (r"\cos n\pi", "(-1)^{2n}"),
+    ("5..", "5"),
 ]
 SLOW = [
     (r"\sum_{k=0}^{n}\binom nk", "2^n"),
