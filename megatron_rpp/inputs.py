@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.codec import Codec
-from megatron_rpp.data.prompts import PromptSet, PromptStream, load_prompts
+from megatron_rpp.data.prompts import PromptSet, PromptStream, fingerprint, load_prompts
 from megatron_rpp.dist.collectives import gather_objects
 from megatron_rpp.errors import DataError
 from megatron_rpp.process import Process
@@ -87,7 +87,7 @@ def read_prompts(process: Process, codec: Codec, paths: Sequence[Path]) -> list[
 
 def _check_equal(process: Process, found: Sequence[PromptSet]) -> None:
     """Two hosts may hold different files under one name. Raises: DataError on every rank alike."""
-    mine = [PromptStream(prompts.prompts, 0).fingerprint() for prompts in found]
+    mine = [fingerprint(prompts.prompts) for prompts in found]
     of_ranks = gather_objects(mine, process.groups.world_cpu, name="prompts of all ranks", deadline_s=process.deadline_s)
     for place, prompts in enumerate(found):
         others = [rank for rank, theirs in enumerate(of_ranks) if theirs[place] != of_ranks[0][place]]

@@ -97,7 +97,7 @@ def _read_with_bases(path: Path, users: tuple[Path, ...]) -> tuple[dict[str, Any
 def _over_preset(tree: dict[str, Any], lines: dict[KeyPath, str]) -> tuple[dict[str, Any], list[Problem]]:
     """The settings with those of the preset, where one is named, under them. An unknown name is left for decode to explain.
 
-    Old names of settings are replaced by the current ones; what is wrong with them is returned.
+    Replaces old names of settings with the current ones. Returns the problems with the old names.
     """
     name = tree.get("preset")
     below = dict(PRESETS.get(name, {})) if isinstance(name, str) else {}

@@ -60,7 +60,7 @@ def validate(
     if for_eval and cfg.data.eval is None:
         problems.append(Problem("data.eval", "required by `rpp eval`: a .jsonl or .parquet file of problems"))
     models: dict[str, HfModel] = {}
-    for name, directory in _models(cfg, for_policy_only=for_sft or for_eval):
+    for name, directory in models_read(cfg, policy_only=for_sft or for_eval):
         try:
             models[name] = read_model(directory, for_engine=for_eval)
         except ConfigError as error:
@@ -205,10 +205,10 @@ def _batches(cfg: Config) -> Iterator[Problem]:
         yield Problem("algo.minibatches", f"{minibatches} minibatches cannot be cut from {prompts} prompts (rollout.prompts_per_step)")
 
 
-def _models(cfg: Config, *, for_policy_only: bool) -> Iterator[tuple[str, Path]]:
+def models_read(cfg: Config, *, policy_only: bool) -> Iterator[tuple[str, Path]]:
     """Every model that the command opens: the setting that names it, and its directory."""
     yield "model.hf", cfg.model.hf
-    if for_policy_only:
+    if policy_only:
         return
     if cfg.model.ref is not None and (cfg.algo.kl_reward_coef != 0 or cfg.algo.kl_loss_coef != 0):
         yield "model.ref", cfg.model.ref

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rpp.config.schema import Config
+from megatron_rpp.config.validate import models_read
 from megatron_rpp.data.stop_tokens import StopTokens, read_stop_tokens
 from megatron_rpp.data.template import EncodeError, Messages, Template, check_template, load_tokenizer, render
 from megatron_rpp.hf.model import read_model
@@ -144,12 +144,7 @@ class Codec:
 
 def vocab_size_of(cfg: Config, *, policy_only: bool = False) -> int:
     """Rows of the smallest embedding among the policy and, in training, the reference and the critic. Raises: ConfigError."""
-    models: set[Path] = {cfg.model.hf}
-    if not policy_only and cfg.model.ref is not None:
-        models.add(cfg.model.ref)
-    if not policy_only and cfg.critic.hf is not None and cfg.algo.estimator == "gae":
-        models.add(cfg.critic.hf)
-    return min(read_model(hf, for_engine=True).vocab_size for hf in models)
+    return min(read_model(hf, for_engine=True).vocab_size for _, hf in models_read(cfg, policy_only=policy_only))
 
 
 def long_tokenizer_warnings(num_tokens: int, vocab_size: int) -> list[str]:

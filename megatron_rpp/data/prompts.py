@@ -172,6 +172,14 @@ def _listed(bad_rows: list[BadRow]) -> str:
     return "\n" + "\n".join(shown)
 
 
+def fingerprint(prompts: Iterable[Prompt], seed: int = 0) -> str:
+    """Of the prompts, their order in the file and the seed."""
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=16)
+    for prompt in prompts:
+        digest.update(prompt.uid.encode())
+    return digest.hexdigest()
+
+
 class PromptStream:
     """Prompts in seeded, shuffled epochs: every prompt once in an epoch, never twice in one `take`.
 
@@ -233,24 +241,20 @@ class PromptStream:
         self._epoch, self._held_back = epoch, list(held_back)
         self._order = [index for index in order if index not in last] + self._held_back
 
-    def fingerprint(self) -> str:
-        """Of the prompts, their order in the file and the seed."""
-        digest = hashlib.blake2b(str(self._seed).encode(), digest_size=16)
-        for prompt in self._prompts:
-            digest.update(prompt.uid.encode())
-        return digest.hexdigest()
+    def _fingerprint(self) -> str:
+        return fingerprint(self._prompts, self._seed)
 
     def state_dict(self) -> dict[str, object]:
         """What `load_state_dict` needs to go on: plain JSON values."""
-        return {"fingerprint": self.fingerprint(), "epoch": self._epoch, "position": self._position, "held_back": self._held_back}
+        return {"fingerprint": self._fingerprint(), "epoch": self._epoch, "position": self._position, "held_back": self._held_back}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on where `state` was taken. Raises: DataError when it belongs to other prompts, another order or another seed."""
-        if state["fingerprint"] != self.fingerprint():
+        if state["fingerprint"] != self._fingerprint():
             raise DataError(
                 "the saved position belongs to other prompts or another seed",
                 where="PromptStream",
-                expected=f"state of prompts {self.fingerprint()}",
+                expected=f"state of prompts {self._fingerprint()}",
                 got=state["fingerprint"],
                 fix="resume with the data.train and run.seed that the checkpoint was made with, or start a new run directory",
             )

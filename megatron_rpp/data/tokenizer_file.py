@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.codec import Codec, long_tokenizer_warnings, vocab_size_of
-from megatron_rpp.data.stop_tokens import TOKENIZER_CONFIG, StopTokens, read_object, read_stop_tokens
+from megatron_rpp.data.stop_tokens import TOKENIZER_CONFIG, read_object, read_stop_tokens
 from megatron_rpp.data.template import load_error
 
 if TYPE_CHECKING:
@@ -47,8 +46,12 @@ def preview_tokenizer(cfg: Config) -> TokenizerPreview:
         codec = Codec.open(cfg)  # takes seconds: only transformers knows what it adds
         return TokenizerPreview(codec.stop.describe(codec.text_of), codec.warnings)
     vocab_size = vocab_size_of(cfg)
-    encode: Callable[[str], Sequence[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-    stop: StopTokens = read_stop_tokens(hf, encode, vocab_size=vocab_size, more=cfg.rollout.stop_tokens)
+    stop = read_stop_tokens(
+        hf,
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        vocab_size=vocab_size,
+        more=cfg.rollout.stop_tokens,
+    )
     text = stop.describe(lambda token: tokenizer.decode([token], skip_special_tokens=False))
     num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
     return TokenizerPreview(text, (*long_tokenizer_warnings(num_tokens, vocab_size), *stop.warnings))

@@ -10,7 +10,12 @@ from sympy import Basic
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """text: lower case. marked: written as text, so that it is no product of its letters. letters: as written."""
+    """A word.
+
+    text: in lower case.
+    marked: written as \\text, so it is not a product of its letters.
+    letters: as written.
+    """
 
     text: str
     marked: bool
@@ -61,7 +66,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A letter of a multiple choice, with the value that stands beside it."""
+    """A letter of a multiple-choice answer and its value."""
 
     letter: str
     value: Reading

@@ -73,7 +73,7 @@ _SYNONYMS = (
 _OUTER = tuple(re.compile(pattern, re.DOTALL) for pattern in (r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\{([^{}]*)\}"))
 _EDGES = re.compile(r"^(?:[\s.,;:](?![0-9]|\\overline))+|(?:\x02|[\s,;:]|\.(?!\.))+$")
 
-# Digits. A group of thousands is three digits; what is left of white space between digits joins nothing.
+# Digits. White space may separate groups of three digits. Other white space between digits is kept.
 _SPLIT_THOUSANDS = re.compile(r"(?<![0-9.,}])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9]| [0-9])")
 _BRACED_THOUSANDS = re.compile(r"(?<=[0-9])\{,\}\s*(?=[0-9]{3})")
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!)(?=[0-9]{3})")

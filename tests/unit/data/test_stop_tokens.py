@@ -173,11 +173,12 @@ def test_the_smallest_embedding_counts(tmp_path: Path) -> None:
     cfg = settings(make_model(tmp_path / "policy", config=5))
     other = make_model(tmp_path / "critic", config=5, rows=258)
     assert Codec.open(cfg).vocab_size == ROWS
-    assert Codec.open(replace(cfg, model=replace(cfg.model, ref=other))).vocab_size == 258
+    paid = replace(cfg.algo, kl_loss_coef=0.1)  # a reference that nothing looks at is not read
+    assert Codec.open(replace(cfg, model=replace(cfg.model, ref=other), algo=paid)).vocab_size == 258
     critic = replace(cfg, critic=replace(cfg.critic, hf=other))
     assert Codec.open(critic).vocab_size == ROWS  # no critic without estimator gae
     assert Codec.open(replace(critic, algo=replace(cfg.algo, estimator="gae")), policy_only=True).vocab_size == ROWS
-    absent = replace(cfg, model=replace(cfg.model, ref=tmp_path / "absent"))
+    absent = replace(cfg, model=replace(cfg.model, ref=tmp_path / "absent"), algo=paid)
     assert Codec.open(absent, policy_only=True).vocab_size == ROWS  # rpp sft may be about to make it
     assert Codec.open(replace(critic, algo=replace(cfg.algo, estimator="gae"))).vocab_size == 258
 
