@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.algo import correction, credit_stats, shaping
-from megatron_rpp.algo.advantage import AdvantageStats, compute_advantages
+from megatron_rpp.algo.advantage import AdvantageStats, compute_advantages, no_advantages
 from megatron_rpp.algo.baselines import Scores
 from megatron_rpp.algo.gae import critic_returns
 from megatron_rpp.algo.returns import kl_penalties, kl_per_token
 from megatron_rpp.config.schema import Algo, Config, Reward
 from megatron_rpp.config.validate_algo import normalises
 from megatron_rpp.data.packing import assign_ranks
-from megatron_rpp.dist.collectives import all_gather, gather_objects, sum_float64
+from megatron_rpp.dist.collectives import all_gather, gather_objects, sum_float64, sum_int64
 from megatron_rpp.dist.float8 import gathers_float8
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.stats.moments import distributed_mean, distributed_moments, whiten
@@ -65,7 +65,7 @@ class Credit:
         )
 
     def assign(self, batch: PackedBatch, groups_P: Sequence[Group], algo: Algo) -> Credited:
-        """The advantage of every token that the losses may look at.
+        """The advantage of every token that the losses may look at. Where filtering leaves none on any rank, all are 0.
 
         groups_P: of the whole step, equal on every rank. algo: that of the step, with the KL coefficient of the moment.
         Shapes: adv_T, return_T [T] float64
@@ -79,7 +79,10 @@ class Credit:
         batch = shaping.shape_batch(batch, self._cfg.reward, max_tokens=max_tokens)
         kept_T = shaping.drop_truncated(batch).mask_T if algo.filter_truncated else batch.mask_T
         normaliser = partial(self._normaliser, num_domains=len({group.prompt.domain for group in groups_P}))
-        adv_T, stats = compute_advantages(batch, algo, scores=scores, normaliser=normaliser, kept_T=kept_T)
+        if self._num_tokens(kept_T) > 0:
+            adv_T, stats = compute_advantages(batch, algo, scores=scores, normaliser=normaliser, kept_T=kept_T)
+        else:  # every response was filtered out: the update makes no optimizer step
+            adv_T, stats = no_advantages(batch, scores)
         return_T = critic_returns(batch, algo, self._cfg.critic.gae_lambda) if algo.estimator == "gae" else None
         metrics = self._metrics(stats, corrected)
         if algo.kl_reward_coef != 0.0:
@@ -127,6 +130,10 @@ class Credit:
         owners = assign_ranks(groups_P, self._groups.dp_size, num_minibatches=algo.minibatches)
         rest = {rank: iter(share) for rank, share in shares.items()}
         return torch.tensor([next(rest[owner]) for owner in owners], dtype=torch.float64)
+
+    def _num_tokens(self, mask_T: Tensor) -> int:
+        """Of all ranks."""
+        return int(sum_int64(mask_T.sum(), self._groups.dp, name="tokens of the step", deadline_s=self._deadline_s))
 
     def _mean(self, x_T: Tensor, mask_T: Tensor) -> float:
         """Over the masked tokens of all ranks, the same bits however they are split: a KL coefficient may follow it."""

@@ -86,7 +86,8 @@ def read_state(path: Path) -> RunState:
 
 
 # Settings that a resumed run may change: they move no number of the steps to come.
-FREE_SETTINGS = ("run.dir", "run.steps", "run.deadline_s", "run.resume", "run.device", "rollout.deadline_s", "rollout.start_deadline_s")
+FREE_SETTINGS = ("run.dir", "run.steps", "run.deadline_s", "run.resume", "run.device", "run.max_empty_steps")
+FREE_SETTINGS += ("rollout.deadline_s", "rollout.start_deadline_s")
 FREE_SETTINGS += ("parallel", "weights", "checkpoint", "eval", "observe", "sft")
 
 

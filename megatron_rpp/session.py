@@ -102,6 +102,7 @@ class Session:
         self._collector = Collector(cfg, self.groups, sampler.rollouts, sampler.pool)
         self._codec, self._prompts, self._held_out = inputs.codec, inputs.train, inputs.held_out
         self._saved_step = -1
+        self._empty_steps = 0  # the last ones, in a row, of which filtering left no token
 
     @classmethod
     @contextmanager
@@ -254,7 +255,15 @@ class Session:
         if self.critic is None or step > cfg.critic.warmup_steps:
             policy = self.policy.update(credit.batch, credit.adv_T, algo, temperature=cfg.rollout.temperature)
             _check_finite(policy, f"step {step}, policy", "optim.lr")
-        if num_skipped := algo.minibatches - (policy or value).num_minibatches:
+        num_skipped = algo.minibatches - (policy or value).num_minibatches
+        self._empty_steps = self._empty_steps + 1 if num_skipped == algo.minibatches else 0
+        if self._empty_steps:
+            self.log.warn(
+                f"step {step} is skipped: algo.filter_truncated or the correction leaves no token to learn from, so no "
+                f"optimizer step is made; empty steps in a row: {self._empty_steps}, "
+                f"the run stops at {cfg.run.max_empty_steps} (run.max_empty_steps)"
+            )
+        elif num_skipped:
             self.log.warn(
                 f"step {step}: {num_skipped} of {algo.minibatches} minibatches have no token to learn from and make no optimiser step: "
                 "algo.filter_truncated or the correction leaves nothing of them (policy/skipped_minibatches counts them)",
@@ -291,6 +300,8 @@ class Session:
         if update.critic is not None:
             values |= {f"critic/{name}": getattr(update.critic, name) for name in ("loss", "grad_norm")}
             values |= {f"critic/{name}": value for name, value in update.critic.values.items()}
+        if self._empty_steps:
+            values["batch/empty_steps"] = 1
         spent = self.clock.take()
         sampled_tokens = sum(len(response.tokens) for group in drawn.sampled for response in group.responses)
         spent["tokens_per_s"] = sampled_tokens / max(spent.get("rollout_s", 0.0), 1e-9)
@@ -323,8 +334,19 @@ class Session:
         self.clock.take()
 
     def save_if_due(self, step: int) -> None:
-        if self.cfg.checkpoint.every and step % self.cfg.checkpoint.every == 0:
+        """Every checkpoint.every steps, and before too many empty steps end the run. Raises: NumericsError in that case."""
+        is_hopeless = self._empty_steps >= self.cfg.run.max_empty_steps
+        if is_hopeless or (self.cfg.checkpoint.every and step % self.cfg.checkpoint.every == 0):
             self._save(step)
+        if is_hopeless:
+            raise NumericsError(
+                f"too many steps in a row left no token to learn from; a checkpoint of step {step} is written",
+                where=f"step {step}",
+                expected=f"fewer than {self.cfg.run.max_empty_steps} empty steps in a row (run.max_empty_steps)",
+                got=self._empty_steps,
+                fix="raise rollout.max_response_tokens, set algo.filter_truncated: false, loosen correction.reject, or raise "
+                "run.max_empty_steps",
+            )
 
     def _save(self, step: int) -> None:
         """All ranks write under a temporary name; then rank 0 renames once. A crash in between costs nothing."""

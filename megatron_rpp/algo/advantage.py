@@ -63,6 +63,16 @@ class AdvantageStats:
     share: Tensor
 
 
+def no_advantages(batch: PackedBatch, scores: Scores) -> tuple[Tensor, AdvantageStats]:
+    """What `compute_advantages` gives for a step of which no rank keeps a token: every advantage is 0, nothing was measured.
+
+    Shapes: -> adv_T [T] float64
+    """
+    adv_T = torch.zeros(batch.num_tokens, dtype=torch.float64, device=batch.mask_T.device)
+    share = credit_share(adv_T, torch.zeros_like(batch.mask_T), batch.cu_len_S1)
+    return adv_T, AdvantageStats(0, 0.0, 0.0, 0.0, 0.0, zero_variance_frac(scores), share)
+
+
 def compute_advantages(
     batch: PackedBatch, algo: Algo, *, scores: Scores, normaliser: Normaliser, kept_T: Tensor | None = None
 ) -> tuple[Tensor, AdvantageStats]:

@@ -34,6 +34,7 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deadline_s: float = 900.0  # longest wait for any peer, engine or collective
     resume: Literal["auto", "never", "must"] = "auto"  # auto: continue when the directory holds a checkpoint
+    max_empty_steps: int = 5  # the run stops after so many steps in a row that leave no token to learn from
 
 
 @config

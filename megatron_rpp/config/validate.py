@@ -78,7 +78,8 @@ def validate(
 
 
 _AT_LEAST_1 = (
-    *("run.steps", "parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp", "parallel.dp", "parallel.ep", "parallel.etp"),
+    *("run.steps", "run.max_empty_steps"),
+    *("parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp", "parallel.dp", "parallel.ep", "parallel.etp"),
     *("rollout.tp", "rollout.engines", "rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_response_tokens"),
     *("rollout.max_concurrent", "weights.bucket_mib", "algo.minibatches", "algo.aggregate_tokens", "algo.kl_horizon", "stats.limbs"),
     *("optim.microbatch_tokens", "checkpoint.keep", "eval.max_prompts", "eval.max_response_tokens", "sft.batch_sequences"),

@@ -42,6 +42,7 @@ METRICS = (
     Metric("response/tokens_mean", "tokens", "mean length of a response"),
     Metric("response/tokens_max", "tokens", "longest response", "max"),
     Metric("response/truncated_frac", "fraction", "responses that the length limit ended", "mean"),
+    Metric("batch/empty_steps", "steps", "1 where filtering left no token to learn from, else absent: no optimizer step", "sum"),
     Metric("batch/prompts", "prompts", "prompts of the step", "sum"),
     Metric("batch/responses", "responses", "responses of the step", "sum"),
     Metric("batch/response_tokens", "tokens", "tokens that the policy wrote", "sum"),

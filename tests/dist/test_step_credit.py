@@ -62,9 +62,21 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# All responses are truncated, and filtered out.
+EMPTY: dict[str, dict[str, Any]] = {
+    "all truncated, baseline": {"algo": Algo(filter_truncated=True), "stats": Stats(scope="domain")},
+    "all truncated, rloo": {"algo": Algo(estimator="rloo", kl_reward_coef=0.3, filter_truncated=True)},
+    "all truncated, gae": {"algo": Algo(estimator="gae", filter_truncated=True)},
+    "all truncated, tis normalized": {
+        "algo": Algo(filter_truncated=True),
+        "correction": Correction(weight="token", weight_normalize=True),
+    },
+}
+
+
 def make_config(case: str) -> Config:
     rollout = Rollout(max_response_tokens=MAX_TOKENS)
-    return Config(model=Model(hf=Path("none")), data=Data(train=Path("none")), rollout=rollout, **CASES[case])
+    return Config(model=Model(hf=Path("none")), data=Data(train=Path("none")), rollout=rollout, **(CASES | EMPTY)[case])
 
 
 def make_groups() -> tuple[Group, ...]:
@@ -81,6 +93,10 @@ def make_groups() -> tuple[Group, ...]:
     return tuple(Group(p, tuple(response(p, n) for n in range(2 + p.domain.count("b"))), response(p, 9)) for p in prompts)
 
 
+def all_truncated(group: Group) -> Group:
+    return replace(group, responses=tuple(replace(response, finish_reason="length") for response in group.responses))
+
+
 def with_models(batch: PackedBatch) -> PackedBatch:
     """Log-probabilities and values that depend on the token's own numbers alone, hence not on how it is packed."""
     old_T = torch.where(batch.mask_T, batch.logp_rollout_T * 1.6, torch.nan)
@@ -90,6 +106,8 @@ def with_models(batch: PackedBatch) -> PackedBatch:
 
 def _assign(case: str, groups: Groups, dp_rank: int, dp_size: int) -> Credited:
     cfg, groups_P = make_config(case), make_groups()
+    if case in EMPTY:
+        groups_P = tuple(all_truncated(group) for group in groups_P)
     batch = with_models(pack_groups(groups_P, dp_rank, dp_size))
     return Credit(cfg, groups, deadline_s=20).assign(batch, groups_P, cfg.algo)
 
@@ -111,7 +129,7 @@ def _all(rank: int) -> dict[str, tuple[Credited, Credited, Credited]]:
     coords = Coords(tp=0, cp=rank % 2, dp=rank // 2, pp=0)
     cut = Groups(coords, everyone, everyone, dp=dp, dp_cp=everyone, tp=alone, cp=peers, pp=alone, model=peers)
     layouts = (groups(everyone, rank), rank, RANKS), (groups(alone, 0), 0, 1), (cut, rank // 2, 2)
-    return {case: tuple(_assign(case, *layout) for layout in layouts) for case in CASES}
+    return {case: tuple(_assign(case, *layout) for layout in layouts) for case in CASES | EMPTY}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +138,7 @@ def answers() -> Answers:
 
 
 @pytest.mark.parametrize("cp", [1, 2])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | EMPTY)
 def test_a_split_batch_gets_the_bits_of_the_whole(case: str, cp: int, answers: Answers) -> None:
     owners = assign_ranks(make_groups(), RANKS // cp)
     for rank in range(RANKS):
@@ -176,6 +194,17 @@ def test_without_a_token_left_nothing_is_nan(answers: Answers) -> None:
             assert share.adv_T.isfinite().all()
             assert share.metrics["correction/normalizer"] == 1.0
             assert share.metrics["correction/kept_frac"] == 0.0
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_a_step_of_truncated_responses_alone_has_no_advantage_and_no_token_to_learn_from(case: str, answers: Answers) -> None:
+    for rank in range(RANKS):
+        for share in answers[rank][case]:
+            assert not share.batch.mask_T.any()
+            assert not share.adv_T.any()
+            assert share.metrics["adv/population_size"] == 0.0
+            assert share.metrics["adv/is_degenerate"] == 1.0
+            assert share.metrics["adv/zero_variance_frac"] > 0  # the scores are known all the same
 
 
 def test_the_critics_own_lambda_moves_its_targets_and_not_the_policys_advantages(answers: Answers) -> None:
