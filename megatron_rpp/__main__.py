@@ -21,6 +21,7 @@ from megatron_rpp.config.validate import Checked, validate
 from megatron_rpp.data.tokenizer_file import preview_tokenizer
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import RppError
+from megatron_rpp.files import refuse_unusable, storage_errors_named
 from megatron_rpp.host import num_gpus
 from megatron_rpp.signals import hold_warning
 from megatron_rpp.version import __version__
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
     try:
-        return options.run(options, arguments)
+        with storage_errors_named():
+            return options.run(options, arguments)
     except RppError as error:
         print(f"rpp {options.command}: {error}", file=sys.stderr)
         return error.exit_code
@@ -98,6 +100,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     hold_warning()  # the loop asks for it once it can save; engines and workers inherit the peace
     world = World.from_env()
     cfg, checked = _load(options, world_size=None if world.launcher == "single" else world.size)
+    refuse_unusable(cfg.run.dir, "run.dir")
     if world.rank == 0 and options.report is None:
         _print_warnings(checked.warnings)
     if world.launcher == "single" and num_ranks(cfg) > 1:
@@ -114,7 +117,7 @@ def _run_as_rank(options: argparse.Namespace, cfg: Config, world: World) -> int:
     if _is_cpu(cfg):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the patches and SGLang ask it whether there is a GPU
     try:
-        with _own_log(options, cfg, world):
+        with _own_log(options, cfg, world), storage_errors_named():
             _command(options.command)(cfg)
         return 0
     except RppError as error:
@@ -172,6 +175,7 @@ def _is_cpu(cfg: Config) -> bool:
 
 def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     cfg, checked = _load(options)
+    refuse_unusable(cfg.run.dir, "run.dir")
     tokenizer = preview_tokenizer(cfg)
     print(f"{options.config}: every setting holds")
     print(f"  {'model':30} {checked.hf.model_type}, {checked.hf.num_parameters:,} parameters, {cfg.model.dtype}")

@@ -72,7 +72,7 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
             pool = RewardPool(cfg.reward.name, cfg.reward.timeout_s, cfg.reward.num_workers, failed_score=cfg.reward.failed_score)
             parts["pool"] = stack.enter_context(pool)
             if not reads_weights:  # a directory's weights may change under its name, and what others wrote must not count as theirs
-                parts["ledger"] = Ledger(process.dir.path / "ledger" / process.digest, mine.index)
+                parts["ledger"] = Ledger(process.dir.path / "ledger" / process.digest, mine.index, root=process.dir.path)
 
         process.together("start engines and reward workers", start, here=leads)
         queue = _open_queue(process, tuple(group.leader for group in all_groups), mine.index if leads else None)

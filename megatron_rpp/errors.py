@@ -66,5 +66,9 @@ class NumericsError(RppError):
     """A loss, gradient, advantage or statistic is not finite, or train and roll-out disagree."""
 
 
+class StorageError(RppError):
+    """A file or directory cannot be written: the disk is full, read-only, broken, or the directory was removed."""
+
+
 class CheckpointError(RppError):
     """A checkpoint or HF directory is missing, incomplete, or does not fit the configuration."""

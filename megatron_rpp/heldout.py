@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_rpp.collect import Collector, Progress
 from megatron_rpp.config.schema import Config
+from megatron_rpp.files import make_inside, write_whole
 from megatron_rpp.rollout.request import Sampling
 from megatron_rpp.types import Group, Prompt
 
@@ -59,7 +60,8 @@ def evaluate(
 
     What an interrupted evaluation of the same version finished is not sampled again, where it was sampled in the same way.
 
-    table: on rank 0, every answer is written there as one JSON line, so that two evaluations can be compared.
+    table: on rank 0, every answer is written there as one JSON line, so that two evaluations can be compared. A file in a folder
+    of the run directory.
     Returns the same result on every rank.
     """
     way = hashlib.blake2b(repr(sampling).encode(), digest_size=4).hexdigest()
@@ -86,7 +88,8 @@ def evaluate(
 
 
 def _write_table(groups: tuple[Group, ...], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """In a folder of the run directory, which must exist. Raises: StorageError."""
+    make_inside(path.parent.parent, path.parent)
     rows = (
         {
             "uid": group.prompt.uid,
@@ -99,6 +102,4 @@ def _write_table(groups: tuple[Group, ...], path: Path) -> None:
         for group in groups
         for response in group.responses
     )
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_rpp.errors import ConfigError, RppError
+from megatron_rpp.files import writing
 from megatron_rpp.host import num_gpus
 from megatron_rpp.signals import WARNING, die_with, hold_warning
 
@@ -51,7 +52,8 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, log_dir: Path, is_cpu: 
     """
     if not is_cpu:
         _check_gpus(num_ranks)
-    log_dir.mkdir(parents=True, exist_ok=True)
+    with writing(log_dir):
+        log_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rpp-launch-") as reports, _Signals() as signals:
         ranks = _Ranks(command, num_ranks, log_dir=log_dir, reports=Path(reports), is_cpu=is_cpu)
         try:

@@ -19,13 +19,14 @@ from megatron_rpp.dist.collectives import broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import CheckpointError, ConfigError, PatchError, RppError
+from megatron_rpp.files import storage_error
 from megatron_rpp.mcore import init
 from megatron_rpp.mcore.critic import Critic
 from megatron_rpp.mcore.model import MegatronModel
 from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.observe.log import RunLog
 from megatron_rpp.observe.rundir import RunDir, versions
-from megatron_rpp.resume import changed_settings, complete_steps, read_state, settings_digest, step_dir
+from megatron_rpp.resume import changed_settings, complete_steps, read_state, settings_digest, step_dir, stray_entries
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import describe
 from megatron_rpp.weights.hf_io import has_weights, open_hf, read_json
@@ -74,7 +75,7 @@ class Process:
             except RppError as raised:
                 error = raised
             except OSError as raised:
-                error = CheckpointError(f"the file system refused: {raised}", where=what)
+                error = storage_error(raised)
         raise_together(error, groups=self.groups, what=what, deadline_s=longest_s + self.deadline_s)
 
 
@@ -95,7 +96,7 @@ def open_process(cfg: Config, command: Literal["train", "sft", "eval"]) -> Itera
         error, step = None, 0
         if groups.rank == 0:
             try:
-                stack.enter_context(RunDir.open(directory.path))
+                directory = stack.enter_context(RunDir.open(directory.path))
                 step = step_to_resume(cfg, directory) if command == "train" else 0
             except RppError as raised:
                 error = raised
@@ -104,10 +105,21 @@ def open_process(cfg: Config, command: Literal["train", "sft", "eval"]) -> Itera
         # A run that starts anew keeps no record of what was in its directory before, not even of step 0.
         log = stack.enter_context(RunLog(cfg.observe, directory if groups.rank == 0 else None, resumed_step=step or -1))
         process = Process(cfg, world, groups, directory, log, step)
+        if process.is_first and command == "train":
+            _warn_of_strays(process)
         process.together("write the run's settings", lambda: _write_settings(process), here=process.is_first)
         record_patches(process)
         process.together("compare tied heads with embeddings", lambda: _check_tied_heads(cfg, command), here=process.is_first)
         yield process
+
+
+def _warn_of_strays(process: Process) -> None:
+    strays = stray_entries(process.dir.checkpoints)
+    if strays:
+        process.log.warn(
+            f"{process.dir.checkpoints} holds {', '.join(strays)}: no checkpoint of this run has such a name; "
+            "the run ignores it (step-000010 would be one)"
+        )
 
 
 def _check_tied_heads(cfg: Config, command: Literal["train", "sft", "eval"]) -> None:

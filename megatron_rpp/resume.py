@@ -44,15 +44,37 @@ def complete_steps(root: Path) -> list[int]:
     """Steps with a complete checkpoint, ascending."""
     if not root.is_dir():
         return []
-    return sorted(int(path.name.removeprefix(PREFIX)) for path in root.iterdir() if path.is_dir() and path.name.startswith(PREFIX))
+    return sorted(int(path.name.removeprefix(PREFIX)) for path in root.iterdir() if _is_checkpoint(path))
+
+
+def stray_entries(root: Path) -> list[str]:
+    """Names in the directory of checkpoints that are no checkpoint: a copy made by hand, a file. They are left alone."""
+    if not root.is_dir():
+        return []
+    return sorted(path.name for path in root.iterdir() if not _is_checkpoint(path) and not _is_partial(path))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether it is a directory with a name that `step_dir` makes."""
+    number = path.name.removeprefix(PREFIX)
+    is_number = number.isascii() and number.isdigit()
+    return is_number and path.name == step_dir(path.parent, int(number)).name and path.is_dir()
+
+
+def _is_partial(path: Path) -> bool:
+    return path.name.startswith(f".partial-{PREFIX}") and path.is_dir()
 
 
 def begin_save(root: Path, step: int) -> Path:
-    """An empty directory to write into; what an interrupted save left is removed. Rank 0 only."""
+    """An empty directory to write into; what an interrupted save left is removed. Rank 0 only. Raises: OSError.
+
+    root: must exist, so that a run directory that was removed under the run does not come back.
+    """
     for stale in root.glob(f".partial-{PREFIX}*"):
-        shutil.rmtree(stale)
+        if _is_partial(stale):
+            shutil.rmtree(stale)
     target = partial_dir(root, step)
-    target.mkdir(parents=True)
+    target.mkdir()
     return target
 
 

@@ -353,7 +353,12 @@ class Session:
         root, deadline_s = self.process.dir.checkpoints, self.process.deadline_s
         kl_coef = None if self.cfg.algo.kl_target is None else getattr(self.algo, moving_coef(self.cfg.algo))
         state = RunState(step=step, prompts=self._prompts.state_dict(), digest=self.process.digest, kl_coef=kl_coef)
-        self.process.together("begin a checkpoint", lambda: begin_save(root, step), here=self.process.is_first)
+
+        def begin() -> None:
+            self.process.dir.check_held()
+            begin_save(root, step)
+
+        self.process.together("begin a checkpoint", begin, here=self.process.is_first)
         self.policy.save(partial_dir(root, step) / "policy")
         if self.critic is not None:
             self.critic.save(partial_dir(root, step) / "critic")

@@ -10,8 +10,9 @@ from megatron_rpp.data.examples import load_examples
 from megatron_rpp.data.packing import pack_groups
 from megatron_rpp.data.prompts import PromptStream
 from megatron_rpp.errors import ConfigError, NumericsError
+from megatron_rpp.files import refuse_full, refuse_unusable
 from megatron_rpp.process import open_policy, open_process
-from megatron_rpp.weights.export import export_hf
+from megatron_rpp.weights.export import export_bytes, export_hf
 
 
 def supervise(cfg: Config) -> None:
@@ -29,6 +30,8 @@ def supervise(cfg: Config) -> None:
             process.log.warn(warning)
         process.log.say(f"        responses end with {codec.stop.end} {codec.text_of(codec.stop.end)!r}")
         policy, live = open_policy(process, cfg=replace(cfg, optim=optim), total_steps=cfg.sft.steps)
+        num_bytes = export_bytes(live)
+        process.together("look for room for sft.out", lambda: refuse_full(cfg.sft.out, num_bytes, "sft.out"), here=process.is_first)
         stream = PromptStream(examples.prompts, cfg.run.seed)
         for step in range(1, cfg.sft.steps + 1):
             taken = [examples.group_of[prompt.uid] for prompt in stream.take(min(cfg.sft.batch_sequences, len(stream)))]
@@ -49,5 +52,6 @@ def _check(cfg: Config) -> None:
             expected="sft.train, sft.out and sft.steps >= 1",
             got=f"missing: {', '.join(missing) or 'none'}; steps: {cfg.sft.steps}",
         )
+    refuse_unusable(cfg.sft.out, "sft.out")
     if cfg.sft.out.exists():
         raise ConfigError("the output exists already", where=f"sft.out={cfg.sft.out}", fix="remove it, or choose another sft.out")

@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rpp.dist.collectives import DEFAULT_DEADLINE_S, barrier, broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
-from megatron_rpp.errors import CheckpointError
+from megatron_rpp.errors import CheckpointError, StorageError
+from megatron_rpp.files import describe_space, storage_error, write_whole, writing
 from megatron_rpp.hf.model import HfModel
 from megatron_rpp.mcore.optimizer import Optimizer
 
@@ -57,10 +58,11 @@ def save(
     """Write everything that training needs to continue. Collective; returns when all files of all ranks are written.
 
     directory: on a file system that all ranks see; empty or absent. Give it a temporary name and rename it afterwards.
-    deadline_s: longest wait for a peer. Raises: DeadlineError.
+    deadline_s: longest wait for a peer. Raises: DeadlineError; StorageError when a file cannot be written.
     """
     if groups.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
+        with writing(directory):
+            directory.mkdir(exist_ok=True)
     barrier(groups.world_cpu, name="checkpoint directory", deadline_s=deadline_s)
     state = _sharded_state(chunks, optimizer, groups, is_loading=False)
     state["rng"] = _sharded_rng(groups)
@@ -69,7 +71,8 @@ def save(
     if groups.dp_size * groups.cp_size > 1:
         # replicas share the writing, where each by itself would leave all of it to the first
         strategy = FullyParallelSaveStrategyWrapper(strategy, groups.dp_cp)
-    dist_checkpointing.save(state, str(directory), strategy)
+    with _writing_all(directory):
+        dist_checkpointing.save(state, str(directory), strategy)
     barrier(groups.world_cpu, name="checkpoint files", deadline_s=deadline_s)
     names = sorted(path.name for path in directory.iterdir())
     fingerprints: dict[str, Fingerprint] = {}
@@ -77,8 +80,26 @@ def save(
     for share in gather_objects(mine, groups.world_cpu, name="checkpoint checksums", deadline_s=deadline_s):
         fingerprints |= share
     if groups.rank == 0:
-        (directory / MANIFEST).write_text(json.dumps(fingerprints, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_whole(directory / MANIFEST, json.dumps(fingerprints, indent=1, sort_keys=True) + "\n")
     barrier(groups.world_cpu, name="checkpoint manifest", deadline_s=deadline_s)
+
+
+@contextmanager
+def _writing_all(directory: Path) -> Iterator[None]:
+    """What Megatron and torch raise when they cannot write a checkpoint becomes a StorageError, on every rank."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error) from error
+    except (CheckpointException, CheckpointingException) as error:
+        failures = getattr(error, "failures", {})  # rank -> (exception, its stack); torch's writer loses the errno
+        reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in sorted(failures.items())]
+        raise StorageError(
+            "the checkpoint cannot be written",
+            where=str(directory),
+            got="; ".join([*reasons, describe_space(directory)]),
+            fix="make sure that there is space for one more checkpoint, then start the run again: it resumes from its newest one",
+        ) from error
 
 
 def load(

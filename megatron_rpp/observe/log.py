@@ -17,6 +17,7 @@ class RunLog:
 
     def __init__(self, observe: Observe, run: RunDir | None, *, resumed_step: int = 0) -> None:
         """run: the opened run directory, None on every other rank. resumed_step: the checkpoint that the run goes on from."""
+        self._run = run
         self._console: Console = open_console(observe.console, is_leader=run is not None)
         self._metrics = sinks.RecordFile(run.metrics, encode, resumed_step=resumed_step) if run is not None else None
         self._timings = sinks.RecordFile(run.timings, encode_timing, resumed_step=resumed_step) if run is not None else None
@@ -81,6 +82,9 @@ class RunLog:
         self.close()
 
     def _append(self, kind: str, step: int, values: Mapping[str, Value], timing: Mapping[str, float] | None) -> None:
+        """Raises: StorageError when the run directory was removed, or a file cannot be written."""
+        if self._run is not None:
+            self._run.check_held()
         if self._metrics is not None:
             self._metrics.append(kind, step, values)
         if self._timings is not None and timing:

@@ -20,9 +20,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from megatron_rpp.errors import RppError
+from megatron_rpp.errors import RppError, StorageError
+from megatron_rpp.files import refuse_unusable, write_whole, writing
 from megatron_rpp.version import __version__
 
 PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "transformer-engine", "safetensors", "numpy", "triton")
@@ -39,6 +40,7 @@ class RunDir:
         self.tensorboard = path / "tensorboard"
         self.config = path / "config.yaml"
         self.logs = path / "logs"
+        self._lock: IO[str] | None = None
 
     @classmethod
     @contextlib.contextmanager
@@ -46,31 +48,43 @@ class RunDir:
         """Make the directory and hold it until the end of the block, so that no second run writes into it.
 
         The lock is the kernel's: it is gone with the process, however that ends. One rank of a run, rank 0, opens it.
-        Raises: RppError when another run holds it, or when it cannot be made.
+        Raises: RppError when another run holds it; StorageError when it cannot be made.
         """
         run = cls(path)
-        try:
+        refuse_unusable(path, "run.dir")
+        with writing(path):
             for directory in (run.path, run.checkpoints, run.logs):
                 directory.mkdir(parents=True, exist_ok=True)
-            lock = open(path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 -- closed in the finally below
-        except OSError as error:
-            raise RppError(f"cannot make the run directory: {error.strerror}", where=str(path), fix="set run.dir") from None
+            run._lock = open(path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 -- closed below
         try:
-            _take(lock, path)
+            _take(run._lock, path)
             yield run
         finally:
-            lock.close()
+            run._lock.close()
+
+    def check_held(self) -> None:
+        """Check that the directory is still the one that `open` locked. Raises: StorageError when it was removed or replaced."""
+        held = os.fstat(self._lock.fileno())
+        try:
+            found = os.stat(self.path / "run.lock")
+        except OSError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+            raise StorageError(
+                "the run directory was removed or replaced while the run was writing to it",
+                where=str(self.path),
+                expected="the directory that the run was started in",
+                got="no run.lock there" if found is None else "the run.lock of another run",
+                fix="start the run again; it resumes from the newest checkpoint that is left in run.dir",
+            )
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a file whole or not at all: under another name first, then renamed."""
-        target = self.path / name
-        partial = target.with_name(f".partial-{target.name}")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-        return target
+        """Write a file whole or not at all. Raises: StorageError."""
+        write_whole(self.path / name, text)
+        return self.path / name
 
     def write_json(self, name: str, value: Mapping[str, Any] | list[Any]) -> Path:
         """`write_text` of indented JSON with sorted names."""
@@ -126,11 +140,13 @@ def _commit() -> str | None:
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
     """Send all that this process prints, native code included, to the end of a file. For ranks other than 0."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = open(path, "ab", buffering=0)  # noqa: SIM115 -- closed below, once both streams lead to it
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [(stream, os.dup(stream)) for stream in (1, 2)]
-    with open(path, "ab", buffering=0) as log:
+    with log:
         for stream, _ in saved:
             os.dup2(log.fileno(), stream)
     try:

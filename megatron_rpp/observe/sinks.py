@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rpp.errors import RppError
+from megatron_rpp.files import write_all, writing
 from megatron_rpp.observe.metrics import Value
 
 Encode = Callable[[str, int, Mapping[str, Value]], str]
@@ -25,18 +26,23 @@ class RecordFile:
     def __init__(self, path: Path, encode: Encode, *, resumed_step: int = 0) -> None:
         """encode: metrics.encode or metrics.encode_timing."""
         self.path, self._encode = path, encode
-        path.parent.mkdir(parents=True, exist_ok=True)
-        keep = 0
-        for offset, record in _records(path):
-            if record["step"] <= resumed_step != 0:
-                keep = offset
-        self._file = open(path, "ab")  # noqa: SIM115 -- held open for the length of the run
-        self._file.truncate(keep)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            keep = 0
+            for offset, record in _records(path):
+                if record["step"] <= resumed_step != 0:
+                    keep = offset
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 -- held open for the length of the run
+            self._file.truncate(keep)
 
     def append(self, kind: str, step: int, values: Mapping[str, Value]) -> None:
-        """Add one record; it survives the death of this process, and of this host once the kernel has written it back."""
-        self._file.write(self._encode(kind, step, values).encode("ascii") + b"\n")
-        self._file.flush()
+        """Add one record; it survives the death of this process, and of this host once the kernel has written it back.
+
+        Raises: StorageError.
+        """
+        line = self._encode(kind, step, values).encode("ascii") + b"\n"
+        with writing(self.path):
+            write_all(self._file, line)
 
     def has(self, kind: str, step: int) -> bool:
         """Whether such a record is there already, e.g. the evaluation of the step that a run goes on from."""
@@ -44,8 +50,9 @@ class RecordFile:
 
     def close(self) -> None:
         if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with writing(self.path):
+                os.fsync(self._file.fileno())
+                self._file.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -84,13 +91,17 @@ class TensorBoard:
                 got=error,
                 fix="pip install tensorboard, or set observe.tensorboard: false",
             ) from None
-        self._writer = SummaryWriter(str(directory), purge_step=resumed_step + 1 if resumed_step else None, flush_secs=10)
+        self._directory = directory
+        with writing(directory):
+            self._writer = SummaryWriter(str(directory), purge_step=resumed_step + 1 if resumed_step else None, flush_secs=10)
 
     def append(self, kind: str, step: int, values: Mapping[str, Value]) -> None:
         """Words are left out: TensorBoard plots numbers."""
-        for name, value in values.items():
-            if not isinstance(value, str):
-                self._writer.add_scalar(name, value, step)
+        with writing(self._directory):
+            for name, value in values.items():
+                if not isinstance(value, str):
+                    self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        with writing(self._directory):
+            self._writer.close()

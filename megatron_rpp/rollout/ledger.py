@@ -12,9 +12,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from megatron_rpp.errors import CheckpointError
+from megatron_rpp.files import make_inside, write_all, writing
 from megatron_rpp.types import Response
 
 Key = tuple[str, int, int]  # prompt uid, sample, version
@@ -23,9 +24,10 @@ Key = tuple[str, int, int]  # prompt uid, sample, version
 class Ledger:
     """The responses of one run directory. Each leader writes files of its own and reads everybody's."""
 
-    def __init__(self, folder: Path, leader: int = 0) -> None:
-        self._folder, self._leader = folder, leader
-        self._open: tuple[str, IO[bytes]] | None = None
+    def __init__(self, folder: Path, leader: int = 0, *, root: Path | None = None) -> None:
+        """root: the directory above `folder` that must exist, and that is not made anew when it was removed; default: the parent."""
+        self._folder, self._root, self._leader = folder, root or folder.parent, leader
+        self._open: tuple[str, BinaryIO] | None = None
 
     def load(self, name: str) -> dict[Key, Response]:
         """What the leaders finished under this name, such as "step-000012".
@@ -40,21 +42,24 @@ class Ledger:
         return found
 
     def append(self, name: str, responses: Sequence[Response]) -> None:
-        """Write finished responses; on return they survive a crash of the machine."""
+        """Write finished responses; on return they survive a crash of the machine. Raises: StorageError."""
         if not responses:
             return
-        file = self._file(name)
-        file.write(b"".join(json.dumps(asdict(response)).encode() + b"\n" for response in responses))
-        file.flush()
-        os.fsync(file.fileno())
+        with writing(self._path(name)):
+            file = self._file(name)
+            write_all(file, b"".join(json.dumps(asdict(response)).encode() + b"\n" for response in responses))
+            os.fsync(file.fileno())
 
-    def _file(self, name: str) -> IO[bytes]:
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.leader-{self._leader}.jsonl"
+
+    def _file(self, name: str) -> BinaryIO:
         if self._open is None or self._open[0] != name:
             self.close()
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / f"{name}.leader-{self._leader}.jsonl"
+            make_inside(self._root, self._folder)
+            path = self._path(name)
             whole_bytes = sum(len(line) + 1 for line in _whole_lines(path))
-            file = open(path, "ab")  # noqa: SIM115 kept open between responses, closed by `close`
+            file = open(path, "ab", buffering=0)  # noqa: SIM115 kept open between responses, closed by `close`
             file.truncate(whole_bytes)
             self._open = name, file
         return self._open[1]

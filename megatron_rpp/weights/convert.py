@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.errors import CheckpointError
+from megatron_rpp.files import refusal
 from megatron_rpp.weights.compare import Part, Source, Tick, compare
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.fp8_checkpoint import Quantised, quantization_config
@@ -318,7 +319,7 @@ def _naming(what: str, file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"cannot write {what}", where=str(file), got=error, fix=_RETRY) from error
+        raise CheckpointError(f"cannot write {what}", where=str(file), got=refusal(error, file), fix=_RETRY) from error
 
 
 def _made(folder: Path) -> Path:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
 from megatron_rpp.dist.collectives import broadcast_object
 from megatron_rpp.errors import CheckpointError
+from megatron_rpp.files import storage_error
 from megatron_rpp.weights.gather import iter_hf_tensors
 from megatron_rpp.weights.hf_io import SHARD_BYTES, save_hf
 from megatron_rpp.weights.live import LiveWeights
 from megatron_rpp.weights.planner import BUCKET_BYTES
 
 _WRITER = 0
+
+
+def export_bytes(live: LiveWeights, dtype: torch.dtype | None = None) -> int:
+    """The size of the tensors that `export_hf` writes, in bytes."""
+    model, dtype = live.layout.model, dtype or live.layout.dtype
+    sizes = [math.prod(shape) * model.hf_dtypes.get(name, dtype).itemsize for name, shape in model.hf_shapes.items()]
+    return sum(sizes)
 
 
 def export_hf(
@@ -47,8 +56,10 @@ def export_hf(
                 own_dtypes=live.layout.model.hf_dtypes,
                 shard_bytes=shard_bytes,
             )
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             failure = str(error)
+        except OSError as error:
+            failure = str(storage_error(error, Path(folder)))
     # The other ranks' share, and what is left of the writer's when it failed: nobody may be kept waiting.
     for _ in buckets:
         pass

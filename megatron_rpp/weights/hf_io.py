@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.errors import CheckpointError
+from megatron_rpp.files import refusal
 from megatron_rpp.weights.raw_file import RawFile, payload, read_rect
 from megatron_rpp.weights.rect import Rect, Shape, as_matrix
 from megatron_rpp.weights.safetensors_file import Entry, read_header, write_header
@@ -243,7 +244,7 @@ def _write_tensors(places: Mapping[str, Entry], tensors: Iterable[tuple[str, Ten
                 stream.seek(place.start)
                 stream.write(payload(tensor.detach().to(device="cpu", dtype=place.dtype).contiguous()))
         except OSError as error:
-            raise CheckpointError(f"cannot write {name}", where=str(folder / place.file.name), got=error) from error
+            raise CheckpointError(f"cannot write {name}", where=str(folder / place.file.name), got=refusal(error, folder)) from error
         written.add(name)
     if missing := sorted(places.keys() - written):
         raise CheckpointError("the stream of tensors ended early", where=str(folder), expected=_some(missing))

@@ -11,7 +11,7 @@ from tests.guards.source import PACKAGE, ROOT, imports, name_of, python_files, t
 # A module imports strictly lower layers only; modules of one layer do not import each other.
 LAYERS = (
     ("errors", "host", "signals", "types", "version"),
-    ("config", "hf"),
+    ("config", "files", "hf"),
     ("algo", "data", "dist", "reward", "stats"),
     ("mcore", "rollout", "weights"),
     ("delivery", "engine_dir"),

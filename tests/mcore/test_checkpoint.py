@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import resource
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rpp.errors import CheckpointError
+from megatron_rpp.errors import CheckpointError, StorageError
 from megatron_rpp.types import UpdateStats
 from tests.dist.ranks import run_ranks
 from tests.mcore import tiny
@@ -72,6 +74,30 @@ def test_another_layout_continues_the_same_run(sizes: dict[str, int], saved, hf_
         assert after.values["lr"] == before.values["lr"]
     for name, weight in went_on[0]["weights"].items():
         torch.testing.assert_close(resumed[0]["weights"][name], weight, rtol=0, atol=2e-6)
+
+
+def _saves_into_a_full_disk(rank: int, hf: Path, directory: Path) -> str:
+    """Files of rank 1 may not grow: the same error of the kernel, without a disk to fill."""
+    cfg = tiny.make_config(hf, tp=2)
+    with tiny.megatron(cfg) as groups:
+        policy = tiny.open_policy(cfg, groups)
+        if rank == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            policy.save(directory)
+        except StorageError as error:
+            return str(error)
+    return ""
+
+
+def test_a_disk_that_refuses_ends_the_save_on_every_rank_with_the_directory_and_its_space(hf_root: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "policy"
+    first, second = run_ranks(2, _saves_into_a_full_disk, hf_root / "qwen2", directory, init=False, timeout_s=TIMEOUT_S)
+    for message in (first, second):
+        assert message.startswith(f"{directory}: the checkpoint cannot be written")
+        assert " are free on " in message
+    assert "rank 1: " in first
 
 
 def _unsharded(rank: int, hf: Path, directory: Path) -> list[tuple[list[UpdateStats], dict[str, Any]]]:

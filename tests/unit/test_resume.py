@@ -12,10 +12,11 @@ from megatron_rpp.config.schema import Config, Data, Model, Run
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.observe.rundir import RunDir
 from megatron_rpp.process import step_to_resume
-from megatron_rpp.resume import RunState, begin_save, commit_save, complete_steps, drop_later, settings_digest
+from megatron_rpp.resume import RunState, begin_save, commit_save, complete_steps, drop_later, settings_digest, stray_entries
 
 
 def save(root: Path, step: int, *, digest: str = "d", keep: int = 2) -> Path:
+    root.mkdir(exist_ok=True)
     (begin_save(root, step) / "policy").mkdir()
     return commit_save(root, RunState(step, {}, digest), keep=keep)
 
@@ -35,6 +36,27 @@ def test_a_run_that_starts_anew_is_not_taken_for_the_one_before_it(tmp_path: Pat
     final = save(tmp_path, 3, digest="newer")
     assert '"newer"' in (final / "state.json").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+def test_entries_of_other_names_are_left_alone(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    for name in ("step-000004.bak", "step-", "step-x", "step-4", "step-\u0664", "notes"):
+        (tmp_path / name).mkdir()
+    for name in ("step-000099", ".partial-step-000007", "step-000005.tar"):
+        (tmp_path / name).write_text("a file")
+    strays = stray_entries(tmp_path)
+    assert complete_steps(tmp_path) == [4]
+    assert len(strays) == 9
+    assert "step-000004" not in strays
+    save(tmp_path, 1234567)  # more digits than names are padded to
+    assert complete_steps(tmp_path) == [4, 1234567]
+    assert stray_entries(tmp_path) == strays
+
+
+def test_a_run_directory_that_was_removed_does_not_come_back_with_a_save(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        begin_save(tmp_path / "run" / "checkpoints", 3)
+    assert not (tmp_path / "run").exists()
 
 
 def test_responses_of_weights_that_are_gone_are_forgotten(tmp_path: Path) -> None:

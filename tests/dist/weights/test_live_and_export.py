@@ -10,7 +10,7 @@ import torch
 
 from megatron_rpp.config.schema import Parallel
 from megatron_rpp.errors import CheckpointError, GeometryError
-from megatron_rpp.weights.export import export_hf
+from megatron_rpp.weights.export import export_bytes, export_hf
 from megatron_rpp.weights.gather import iter_hf_tensors
 from megatron_rpp.weights.hf_io import open_hf
 from megatron_rpp.weights.layout import MegatronLayout
@@ -76,6 +76,9 @@ def export_then_load(rank: int, folder: str, source: str) -> None:
     live = live_of(uneven(), PARALLEL)
     export_hf(live, folder, source=source, bucket_bytes=5000, shard_bytes=20_000, deadline_s=DEADLINE_S)
     assert (Path(folder) / "config.json").is_file(), "export returned on this rank before the directory was complete"
+    payloads = [path.read_bytes() for path in Path(folder).glob("*.safetensors")]
+    headers = sum(8 + int.from_bytes(payload[:8], "little") for payload in payloads)
+    assert export_bytes(live) == sum(map(len, payloads)) - headers
     before = {key: tensor.clone() for key, tensor in live.tensors.items()}
     for tensor in live.tensors.values():
         tensor.fill_(float("nan"))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_rpp.errors import RppError
+from megatron_rpp.errors import RppError, StorageError
 from megatron_rpp.observe.rundir import RunDir, versions
 from megatron_rpp.version import __version__
 
@@ -45,8 +46,20 @@ def test_the_directory_can_be_used_again_by_the_same_process(tmp_path: Path) -> 
 
 def test_a_directory_that_cannot_be_made_is_an_error_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RppError, match="cannot make the run directory"), RunDir.open(tmp_path / "file" / "run"):
+    with pytest.raises(StorageError, match="a file is where a directory must be made"), RunDir.open(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_directory_that_was_removed_or_replaced_is_noticed(tmp_path: Path) -> None:
+    with RunDir.open(tmp_path / "run") as run:
+        run.check_held()
+        shutil.rmtree(run.path)
+        with pytest.raises(StorageError, match=r"was removed or replaced(.|\n)*no run.lock there"):
+            run.check_held()
+        with RunDir.open(tmp_path / "run") as other:
+            other.check_held()
+            with pytest.raises(StorageError, match=r"the run\.lock of another run"):
+                run.check_held()
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
