@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from megatron_rpp.config.presets import PRESETS
 from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import Checked, validate
 from megatron_rpp.data.tokenizer_file import preview_tokenizer
+from megatron_rpp.display import printable, printable_lines
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import RppError
 from megatron_rpp.files import refuse_unusable, storage_errors_named
@@ -37,6 +39,9 @@ _ROLLOUT_DTYPES = {"model": "{0}, as the model", "fp8_block": "matrices in E4M3,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code of the process. An error that a user can act on is one message, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not in UTF-8 cannot show every text
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
     try:
@@ -126,7 +131,7 @@ def _run_as_rank(options: argparse.Namespace, cfg: Config, world: World) -> int:
         elif world.rank == 0:
             raise
         else:  # as a rule rank 0 has the same error and says the whole of it
-            print(f"rank {world.rank}: {error.what}", file=sys.stderr)
+            print(printable_lines(f"rank {world.rank}: {error.what}", indent=4), file=sys.stderr)
         return error.exit_code
     except BaseException as error:
         if options.report is None:
@@ -177,18 +182,21 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     cfg, checked = _load(options)
     refuse_unusable(cfg.run.dir, "run.dir")
     tokenizer = preview_tokenizer(cfg)
-    print(f"{options.config}: every setting holds")
-    print(f"  {'model':30} {checked.hf.model_type}, {checked.hf.num_parameters:,} parameters, {cfg.model.dtype}")
-    print(f"  {'roll-out':30} {_ROLLOUT_DTYPES[cfg.rollout.dtype].format(cfg.model.dtype)}")
-    print(f"  {'stop tokens':30} {tokenizer.stop_tokens}")
-    print(f"  {'correction':30} {describe(cfg.correction)}")
+    lines = [
+        f"{options.config}: every setting holds",
+        f"  {'model':30} {checked.hf.model_type}, {checked.hf.num_parameters:,} parameters, {cfg.model.dtype}",
+        f"  {'roll-out':30} {_ROLLOUT_DTYPES[cfg.rollout.dtype].format(cfg.model.dtype)}",
+        f"  {'stop tokens':30} {tokenizer.stop_tokens}",
+        f"  {'correction':30} {describe(cfg.correction)}",
+    ]
     if cfg.algo.estimator == "gae":
-        print(f"  {'gae lambda':30} {_lambdas(cfg)}")
-    for line in _preset_lines(cfg):
-        print(f"  {line}")
+        lines.append(f"  {'gae lambda':30} {_lambdas(cfg)}")
+    lines += [f"  {line}" for line in _preset_lines(cfg)]
     known = {name.replace("_", " "): value for name, value in asdict(checked.geometry).items() if value is not None}
     for name, value in known.items():
-        print(f"  {name:30} {' to '.join(map(str, value)) if isinstance(value, tuple) else value}")
+        lines.append(f"  {name:30} {' to '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    for line in lines:
+        print(printable(line))
     _print_warnings((*checked.warnings, *tokenizer.warnings))
     return 0
 
@@ -213,7 +221,7 @@ def _preset_lines(cfg: Config) -> Iterator[str]:
 
 def _print_warnings(warnings: Sequence[str]) -> None:
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(printable_lines(f"warning: {warning}", indent=4), file=sys.stderr)
 
 
 def _score(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from megatron_rpp.dist.collectives import broadcast_object, gather_objects
 from megatron_rpp.dist.groups import host_group
 from megatron_rpp.dist.layout import EngineGroup, engine_group, engine_groups, num_engines
 from megatron_rpp.errors import ConfigError, RppError
+from megatron_rpp.hf.model import read_model
 from megatron_rpp.process import Process, record_patches
 from megatron_rpp.reward.pool import RewardPool
 from megatron_rpp.rollout.engine import Engine
@@ -72,7 +73,9 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
             pool = RewardPool(cfg.reward.name, cfg.reward.timeout_s, cfg.reward.num_workers, failed_score=cfg.reward.failed_score)
             parts["pool"] = stack.enter_context(pool)
             if not reads_weights:  # a directory's weights may change under its name, and what others wrote must not count as theirs
-                parts["ledger"] = Ledger(process.dir.path / "ledger" / process.digest, mine.index, root=process.dir.path)
+                vocab_size = read_model(cfg.model.hf).vocab_size
+                folder = process.dir.path / "ledger" / process.digest
+                parts["ledger"] = Ledger(folder, mine.index, vocab_size=vocab_size, root=process.dir.path)
 
         process.together("start engines and reward workers", start, here=leads)
         queue = _open_queue(process, tuple(group.leader for group in all_groups), mine.index if leads else None)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from megatron_rpp.display import printable, printable_lines
+
+_MAX_LINE = 4000  # characters: a damaged file must not flood the terminal
+
 
 class RppError(Exception):
     """Base of every error that megatron_rpp raises for a reason a user can act on.
 
-    The command line prints the message without a traceback and exits with `exit_code`.
+    The command line prints the message without a traceback and exits with `exit_code`. The message has no control character but
+    the newline, and only its own labels and details begin less than four spaces from the left.
+
+    details: lines of the message, each indented by two spaces.
     """
 
     exit_code = 1
@@ -15,15 +24,27 @@ class RppError(Exception):
         self,
         what: str,
         *,
+        details: Sequence[str] = (),
         where: str | None = None,
         expected: object = None,
         got: object = None,
         fix: str | None = None,
     ) -> None:
         self.what, self.where, self.expected, self.got, self.fix = what, where, expected, got, fix
-        lines = [what if where is None else f"{where}: {what}"]
-        lines += [f"  {label}: {value}" for label, value in (("expected", expected), ("got", got), ("fix", fix)) if value is not None]
+        head = _shown(what) if where is None else f"{printable(_clipped(where))}: {_shown(what)}"
+        lines = [head, *(f"  {_shown(detail)}" for detail in details)]
+        for label, value in (("expected", expected), ("got", got), ("fix", fix)):
+            if value is not None:
+                lines.append(f"  {label}: {_shown(str(value))}")
         super().__init__("\n".join(lines))
+
+
+def _shown(text: str) -> str:
+    return printable_lines("\n".join(_clipped(line) for line in text.split("\n")), indent=4)
+
+
+def _clipped(line: str) -> str:
+    return line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}... ({len(line):,} characters)"
 
 
 class ConfigError(RppError):

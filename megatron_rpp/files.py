@@ -162,11 +162,11 @@ def make_inside(root: Path, folder: Path) -> None:
             path.mkdir(exist_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed. Raises: StorageError."""
     partial = path.with_name(f".partial-{path.name}")
     with writing(path):
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         partial.replace(path)
 
 

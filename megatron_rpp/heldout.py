@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_rpp.collect import Collector, Progress
 from megatron_rpp.config.schema import Config
+from megatron_rpp.display import printable
 from megatron_rpp.files import make_inside, write_whole
 from megatron_rpp.rollout.request import Sampling
 from megatron_rpp.types import Group, Prompt
@@ -102,4 +103,5 @@ def _write_table(groups: tuple[Group, ...], path: Path) -> None:
         for group in groups
         for response in group.responses
     )
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = [printable(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows]  # to be read on a terminal; it stays JSON
+    write_whole(path, "".join(lines))

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from megatron_rpp.display import printable, printable_lines
 from megatron_rpp.errors import ConfigError, RppError
 from megatron_rpp.files import writing
 from megatron_rpp.host import num_gpus
@@ -65,7 +66,8 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, log_dir: Path, is_cpu: 
         return 128 + signals.stop
     if failure is None:
         return 0
-    print(f"{failure.message}\n(rank {failure.rank} of {num_ranks}; what the others printed is in {log_dir})", file=sys.stderr)
+    print(printable_lines(failure.message, indent=0), file=sys.stderr)
+    print(printable(f"(rank {failure.rank} of {num_ranks}; what the others printed is in {log_dir})"), file=sys.stderr)
     return failure.exit_code
 
 

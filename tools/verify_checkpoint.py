@@ -19,6 +19,7 @@ from pathlib import Path
 
 from checkpoint_cli import bar, open_saved, run
 
+from megatron_rpp.display import printable
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.weights.compare import Part, Source, compare
 from megatron_rpp.weights.convert import CARRIED, model_part
@@ -45,7 +46,7 @@ def main() -> int:
     with bar(total, "compare") as tick:
         difference = compare(*sides, tick=tick)
     if difference is not None:
-        print(f"{difference.tensor}: {difference.what} differs")
+        print(printable(f"{difference.tensor}: {difference.what} differs"))
         for folder, value in zip(folders, (difference.left, difference.right), strict=True):
             print(f"  {folder}: {value}")
         return 1

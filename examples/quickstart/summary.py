@@ -10,6 +10,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from megatron_rpp.display import printable_lines
 
 NUM_SAMPLES = 6
 
@@ -47,13 +50,14 @@ def show(run_dir: Path, first: int, last: int) -> None:
     for heading in ("problem", "answer", f"before (step {first})", f"after (step {last})"):
         table.add_column(heading, overflow="fold")
     for uid in order[:NUM_SAMPLES]:
-        table.add_row(before[uid]["prompt"], before[uid]["answer"], cell(before[uid]), cell(after[uid]))
+        texts = (before[uid]["prompt"], before[uid]["answer"], cell(before[uid]), cell(after[uid]))
+        table.add_row(*(Text(printable_lines(text, indent=0)) for text in texts))
     Console(width=110).print(table)
 
 
 def cell(row: dict[str, Any]) -> str:
     mark = "right" if row["score"] >= 1 else "wrong"
-    return f"{row['response']}  [{mark}]".replace("[", "\\[")
+    return f"{row['response']}  [{mark}]"
 
 
 if __name__ == "__main__":

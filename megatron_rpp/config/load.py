@@ -27,6 +27,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.errors import ConfigError
 
 COMMAND_LINE = "command line"
+MAX_FILES = 32  # that one run.yaml may name with `extends`, directly or not
 _INPUTS = (("model", "hf"), ("model", "ref"), ("model", "megatron_checkpoint"), ("critic", "hf"))
 _INPUTS += (("data", "train"), ("data", "eval"), ("sft", "train"))
 
@@ -42,7 +43,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def load_with_lines(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
     """As `load`, and for each dotted setting that somebody wrote, where: file:line or `command line`."""
     path = Path(path)
-    tree, lines = _read_with_bases(path, ())
+    tree, lines = _read_with_bases(path, (), [])
     for override in overrides:
         _apply(override, tree, lines)
     tree, problems = _over_preset(tree, lines)
@@ -66,13 +67,21 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _read_with_bases(path: Path, users: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """The merged tree of a file and its bases, with input paths already made absolute."""
-    real = path.resolve()
+def _read_with_bases(path: Path, users: tuple[Path, ...], read: list[Path]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """The merged tree of a file and its bases, with input paths already made absolute.
+
+    users: the files whose `extends` led here.
+    read: all files read so far; this one and its bases are added.
+    """
+    document = load_yaml.read(path)
+    real = Path(os.path.realpath(path))
     if real in users:
         chain = " -> ".join(str(user) for user in (*users, real))
         raise ConfigError("`extends` goes round in a circle", where=str(path), got=chain)
-    document = load_yaml.read(path)
+    read.append(real)
+    if len(read) > MAX_FILES:
+        fix = "merge some of the files"
+        raise ConfigError("`extends` leads to too many files", where=str(path), expected=f"at most {MAX_FILES}", fix=fix)
     own = {} if document.value is None else document.value
     if not isinstance(own, dict):
         raise ConfigError("the settings must be sections of `name: value` lines", where=str(path), got=type(own).__name__)
@@ -88,7 +97,7 @@ def _read_with_bases(path: Path, users: tuple[Path, ...]) -> tuple[dict[str, Any
     tree: dict[str, Any] = {}
     lines: dict[KeyPath, str] = {}
     for base in bases:
-        below, below_lines = _read_with_bases(real.parent / base, (*users, real))
+        below, below_lines = _read_with_bases(real.parent / base, (*users, real), read)
         tree = _merge(tree, below)
         lines |= below_lines
     return _merge(tree, own), lines | document.lines
@@ -130,7 +139,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def _apply(override: str, tree: dict[str, Any], lines: dict[KeyPath, str]) -> None:
     dotted, equals, text = override.partition("=")
     *sections, name = path = tuple(dotted.split("."))  # only `preset` stands in no section
-    if not (equals and all(path) and (sections or name == "preset")):
+    if not (equals and all(path) and (sections or name == "preset") and len(path) <= load_yaml.MAX_DEPTH):
         expected = "section.name=value, e.g. optim.lr=1e-6"
         raise ConfigError("cannot read an override", where=COMMAND_LINE, expected=expected, got=repr(override))
     value = load_yaml.parse(text, f"{COMMAND_LINE}, {dotted}").value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from megatron_rpp.config.problems import Problem, refuse
 from megatron_rpp.config.schema import Config
 
 _ADAPTER = TypeAdapter(Config)
+_MAX_EXPLAINED = 50  # the search for a similar name takes milliseconds
+_MAX_NUMBER = 2**63 - 1
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, or a byte of the command line that is not UTF-8
 
 
 def setting_names(cls: type = Config, prefix: str = "") -> Iterator[str]:
@@ -34,16 +38,38 @@ def decode(tree: Mapping[str, Any], lines: Mapping[KeyPath, str], source: str, p
     problems: found before, refused together with those of the tree.
     Raises: ConfigError listing all unknown, missing and wrong settings, each with the file and line that it came from.
     """
+    refuse([*_unusable((), tree, lines)], source)
     found = {problem.path: problem for problem in problems}
+    is_all = True
     try:
         cfg = _ADAPTER.validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
+        details = error.errors(include_url=False)
+        for detail in details:
+            if len(found) >= _MAX_EXPLAINED:
+                is_all = False
+                break
             for problem in _explain(detail, tree, lines):
                 found.setdefault(problem.path, problem)  # a union reports once for each of its members
     written = {line: order for order, line in enumerate(lines.values())}
-    refuse(sorted(found.values(), key=lambda problem: written.get(problem.where, -1)), source)
+    refuse(sorted(found.values(), key=lambda problem: written.get(problem.where, -1)), source, is_all=is_all)
     return cfg
+
+
+def _unusable(path: KeyPath, value: Any, lines: Mapping[KeyPath, str]) -> Iterator[Problem]:
+    """Whole numbers that no library takes, which messages further down could not hold either, and text that no file can hold."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _unusable((*path, name), name, lines)
+            yield from _unusable((*path, name), inner, lines)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _unusable((*path, str(index)), inner, lines)
+    elif isinstance(value, int) and not -_MAX_NUMBER - 1 <= value <= _MAX_NUMBER:
+        expected = f"expected a number from {-_MAX_NUMBER - 1} to {_MAX_NUMBER}, got {_show(value)}"
+        yield Problem(".".join(path), expected, _line(path, lines))
+    elif isinstance(value, str) and _SURROGATE.search(value):
+        yield Problem(".".join(path), f"expected text in UTF-8, got {_show(value)}", _line(path, lines))
 
 
 def _explain(detail: Mapping[str, Any], tree: Mapping[str, Any], lines: Mapping[KeyPath, str]) -> Iterator[Problem]:

@@ -2,7 +2,8 @@
 
 Differs from PyYAML's default on purpose: `1e-6` is a number, only `true` and `false` are booleans (`no`, `off` and `yes`
 are words), `010` and `1:30` are words and not octal or sexagesimal numbers, dates are words. A key given twice is an
-error, and so are aliases (`*name`): `extends` in load.py is the one way to share settings.
+error, and so are aliases (`*name`): `extends` in load.py is the one way to share settings. A file has at most MAX_BYTES bytes
+and MAX_DEPTH levels.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.reader import ReaderError
 
 from megatron_rpp.errors import ConfigError
+from megatron_rpp.input_file import read_bytes
 
 KeyPath = tuple[str, ...]
+MAX_BYTES = 256 * 2**10  # a file with every setting has 5 KB; a parser in Python takes seconds for more than this
+MAX_DEPTH = 16
 
 _SCALARS = (
     ("null", r"~|null|", ["~", "n", ""]),
@@ -25,11 +31,25 @@ _SCALARS = (
     ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+0123456789.")),
 )
 
+_WRITTEN = {name: re.compile(pattern) for name, pattern, _ in _SCALARS}
+_WRITTEN["float"] = re.compile(f"{_WRITTEN['float'].pattern}|{_WRITTEN['int'].pattern}")
+_MAX_DIGITS = 400  # Python itself stops at 4,300
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 -- PyYAML's own protocol; filled below
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Raises: ComposerError at the first node that is too deep, before Python's stack ends."""
+        if self._depth >= MAX_DEPTH:
+            raise ComposerError(None, None, f"nested more than {MAX_DEPTH} levels deep", self.peek_event().start_mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 class _Dumper(yaml.SafeDumper):
@@ -55,9 +75,15 @@ class Document:
 def parse(text: str, name: str) -> Document:
     """Parse one YAML document; `name` stands for it in error messages.
 
-    Raises: ConfigError with file:line for bad syntax, a key given twice, or a key that is not a word.
+    Raises: ConfigError with file:line for bad syntax, control characters, too many levels, a key given twice, or a key that is not
+    a word.
     """
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except ReaderError as error:
+        where = f"{name}:{text.count(chr(10), 0, error.position) + 1}"
+        expected = "printable text; in double quotes, a control character can be written as \\x1b"
+        raise ConfigError("YAML does not allow this character", where=where, expected=expected, got=f"U+{error.character:04X}") from None
     loader.name = name
     try:
         node = loader.get_single_node()
@@ -69,8 +95,6 @@ def parse(text: str, name: str) -> Document:
         mark = getattr(error, "problem_mark", None)
         where = name if mark is None else f"{name}:{mark.line + 1}"
         raise ConfigError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where) from None
-    except ValueError as error:  # an explicit tag such as !!int on a word
-        raise ConfigError(f"not valid YAML: {error}", where=name) from None
     finally:
         loader.dispose()
 
@@ -78,7 +102,7 @@ def parse(text: str, name: str) -> Document:
 def read(path: Path) -> Document:
     """Parse a file. Raises: ConfigError when it cannot be read."""
     try:
-        return parse(path.read_text(encoding="utf-8"), str(path))
+        return parse(read_bytes(path, max_bytes=MAX_BYTES).decode("utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"cannot read the settings: {error.strerror}", where=str(path)) from None
     except UnicodeDecodeError as error:
@@ -97,6 +121,8 @@ def _walk(node: yaml.Node, path: KeyPath, name: str, lines: dict[KeyPath, str], 
         raise ConfigError(f"{'.'.join(path)} is an alias of another value", where=where, fix=fix)
     if node.tag not in _TAGS:
         raise ConfigError(f"{'.'.join(path)} has the tag {node.tag}", where=where, expected="plain values, lists and sections")
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node, path, where)
     visited.add(id(node))
     lines.setdefault(path, where)
     if isinstance(node, yaml.SequenceNode):
@@ -116,3 +142,12 @@ def _key_path(key: yaml.Node, path: KeyPath, name: str, lines: dict[KeyPath, str
         raise ConfigError(f"{'.'.join(full)} is given twice", where=where, expected=f"once, as at {lines[full]}")
     lines[full] = where
     return full
+
+
+def _check_scalar(node: yaml.ScalarNode, path: KeyPath, where: str) -> None:
+    """Raises: ConfigError. An explicit tag such as !!bool takes what the type looks like without the tag, and nothing else."""
+    dotted, tag = ".".join(path), node.tag.rpartition(":")[2]
+    if tag in _WRITTEN and not _WRITTEN[tag].fullmatch(node.value):
+        raise ConfigError(f"{dotted} has the tag !!{tag} and another value", where=where, got=repr(node.value))
+    if tag == "int" and len(node.value) > _MAX_DIGITS:
+        raise ConfigError(f"{dotted} has {len(node.value)} digits", where=where, expected=f"a number of at most {_MAX_DIGITS} digits")

@@ -22,12 +22,13 @@ class Problem:
     where: str = ""
 
 
-def refuse(problems: Sequence[Problem], source: str, kind: type[ConfigError] = ConfigError) -> None:
-    """Raises: `kind` with one line for each problem, when there is any."""
+def refuse(problems: Sequence[Problem], source: str, kind: type[ConfigError] = ConfigError, *, is_all: bool = True) -> None:
+    """Raises: `kind` with one line for each problem, when there is any. is_all: False if there are more than these."""
     if not problems:
         return
     counted = "1 setting is wrong" if len(problems) == 1 else f"{len(problems)} settings are wrong"
+    counted = counted if is_all else f"more than {len(problems)} settings are wrong; these are some of them"
     prefix = [f"{problem.where}  " if problem.where else "" for problem in problems]
     indented = [problem.message.replace("\n", "\n    ") for problem in problems]
-    lines = [f"  {where}{problem.path}: {message}" for where, problem, message in zip(prefix, problems, indented, strict=True)]
-    raise kind("\n".join([counted, *lines]), where=source)
+    lines = [f"{where}{problem.path}: {message}" for where, problem, message in zip(prefix, problems, indented, strict=True)]
+    raise kind(counted, details=lines, where=source)

@@ -22,6 +22,7 @@ from megatron_rpp.config.validate_algo import algo_problems, algo_warnings, effe
 from megatron_rpp.errors import ConfigError, GeometryError
 from megatron_rpp.hf.model import HfModel, read_model
 from megatron_rpp.host import num_gpus
+from megatron_rpp.input_file import why_unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,18 +160,22 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
     for name, path in files.items():
         if path is not None and path.suffix not in (".jsonl", ".parquet"):
             yield Problem(name, f"must be a .jsonl or .parquet file, got {path}")
-        elif path is not None and not path.is_file():
-            yield Problem(name, f"no such file: {path}")
+        elif path is not None and (reason := why_unreadable(path)):
+            yield Problem(name, f"{reason}: {path}")
     checkpoint = cfg.model.megatron_checkpoint
-    if checkpoint is not None and not checkpoint.is_dir():
-        yield Problem("model.megatron_checkpoint", f"no such directory: {checkpoint}")
+    if checkpoint is not None and (reason := why_unreadable(checkpoint, is_directory=True)):
+        yield Problem("model.megatron_checkpoint", f"{reason}: {checkpoint}")
+    for name, path in {"run.dir": cfg.run.dir, "sft.out": cfg.sft.out}.items():
+        reason = None if path is None else why_unreadable(path, is_directory=True)
+        if reason not in (None, "no such directory"):  # it will be made
+            yield Problem(name, f"{reason}: {path}")
 
 
 def _sft(cfg: Config) -> Iterator[Problem]:
     if cfg.sft.train is None:
         yield Problem("sft.train", f"required by `rpp sft`: a .jsonl file of rows with {cfg.data.prompt_key!r} and 'response'")
-    elif not cfg.sft.train.is_file():
-        yield Problem("sft.train", f"no such file: {cfg.sft.train}")
+    elif reason := why_unreadable(cfg.sft.train):
+        yield Problem("sft.train", f"{reason}: {cfg.sft.train}")
     if cfg.sft.out is None:
         yield Problem("sft.out", "required by `rpp sft`: the HF directory that it writes")
     if cfg.sft.steps == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from megatron_rpp.errors import DataError
+from megatron_rpp.input_file import open_file, why_unreadable
+
+MAX_LINE_BYTES = 64 * 2**20  # a longer line is no row: the file is of another kind, or damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +41,8 @@ def iter_rows(path: Path, columns: Sequence[str]) -> Iterator[Row | BadRow]:
     readers = {".jsonl": lambda path, columns: iter_jsonl(path), ".parquet": _iter_parquet}
     if path.suffix not in readers:
         raise DataError(f"files of type {path.suffix or 'none'!r} are not read", where=str(path), expected=" or ".join(readers))
-    if not path.is_file():
-        raise DataError("there is no such file", where=str(path), fix="relative paths start at the working directory")
+    if reason := why_unreadable(path):
+        raise DataError("cannot read the file", where=str(path), got=reason, fix="relative paths start at the working directory")
     return readers[path.suffix](path, columns)
 
 
@@ -68,11 +72,20 @@ def number_text(value: object) -> str | None:
 
 
 def iter_jsonl(path: Path) -> Iterator[Row | BadRow]:
-    """The objects of a file with one JSON value on each line, blank lines left out."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _parse_line(line, number, str(path))
+    """The objects of a file with one JSON value on each line, blank lines left out. Raises: DataError if it cannot be read."""
+    try:
+        with open_file(path) as file:
+            for number in itertools.count(1):
+                line = file.readline(MAX_LINE_BYTES + 1)
+                if len(line) > MAX_LINE_BYTES:
+                    expected = f"one JSON object on each line, of at most {MAX_LINE_BYTES:,} bytes"
+                    raise DataError("the line is too long", where=f"{path}:{number}", expected=expected)
+                if not line:
+                    return
+                if line.strip():
+                    yield _parse_line(line, number, str(path))
+    except OSError as error:
+        raise DataError("cannot read the file", where=str(path), got=error.strerror) from None
 
 
 def _parse_line(line: bytes, number: int, file: str) -> Row | BadRow:

@@ -6,12 +6,12 @@ end token in its config and another in its template. A response that stops at on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rpp.errors import ConfigError, DataError
+from megatron_rpp.input_file import read_object
 
 SETTING = "rollout.stop_tokens"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -98,7 +98,7 @@ def _named_tokens(hf_dir: Path) -> Iterator[tuple[str, int | str]]:
     """(file, id or text) of every end token that the directory names."""
     yield from _tokenizer_token(hf_dir)
     for name in _MODEL_FILES:
-        value = read_object(hf_dir / name).get("eos_token_id")
+        value = read_object(hf_dir / name, DataError, default={}).get("eos_token_id")
         for token in value if isinstance(value, list) else [value]:
             if isinstance(token, bool) or not isinstance(token, int | None):
                 where, expected = f"{hf_dir / name}: eos_token_id", "a token id, or a list of token ids"
@@ -113,7 +113,7 @@ def _tokenizer_token(hf_dir: Path) -> Iterator[tuple[str, str]]:
     If no file names one, the default of the tokenizer's class is not used: it may not be the model's.
     """
     for name in _TOKENIZER_FILES:
-        raw = read_object(hf_dir / name)
+        raw = read_object(hf_dir / name, DataError, default={})
         if "eos_token" not in raw:
             continue
         token = raw["eos_token"]
@@ -141,16 +141,3 @@ def _single_token(value: int | str, encode: Encode, vocab_size: int) -> int:
             got=repr(value),
         )
     return ids[0]
-
-
-def read_object(path: Path) -> dict[str, object]:
-    """A JSON object, empty where there is no such file. Raises: DataError."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError("the file is not readable as JSON", where=str(path), got=error, fix="download the file again") from None
-    if not isinstance(raw, dict):
-        raise DataError("the file does not hold a JSON object", where=str(path), got=f"a JSON {type(raw).__name__}")
-    return raw

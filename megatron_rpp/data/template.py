@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_rpp.errors import DataError
+from megatron_rpp.input_file import why_unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, str]]
 Template = Literal["chat", "none"]
+
+# What transformers and tokenizers read whole.
+_READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
+_MAX_BYTES = 2**30
 
 
 class EncodeError(ValueError):
@@ -21,8 +26,7 @@ class EncodeError(ValueError):
 
 def load_tokenizer(hf_dir: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local HF directory; nothing is downloaded. Raises: DataError when there is none or it does not load."""
-    if not hf_dir.is_dir():
-        raise DataError("there is no such directory", where=f"tokenizer {hf_dir}", fix="set model.hf to a downloaded HF directory")
+    check_files(hf_dir)
     import megatron_rpp_patches
 
     megatron_rpp_patches.apply("torchvision")  # Llama's classes import torchvision, which a CPU build of torch cannot load
@@ -32,6 +36,19 @@ def load_tokenizer(hf_dir: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
     except Exception as error:  # the tokenizers library raises a bare one for a file that it does not understand
         raise load_error(hf_dir, error) from error
+
+
+def check_files(hf_dir: Path) -> None:
+    """Raises: DataError for a directory with a file that libraries would wait for, or read without end."""
+    if reason := why_unreadable(hf_dir, is_directory=True):
+        raise DataError(f"there is no tokenizer: {reason}", where=f"tokenizer {hf_dir}", fix="set model.hf to a downloaded HF directory")
+    for path in sorted(path for pattern in _READ for path in hf_dir.glob(pattern)):
+        if path.is_dir() or not path.exists():  # a link that leads nowhere is as good as no file
+            continue
+        if reason := why_unreadable(path):
+            raise DataError("cannot read the file", where=str(path), got=reason, fix="download the file again")
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise DataError("the file is too large", where=str(path), expected=f"at most {_MAX_BYTES:,} bytes", got=f"{size:,} bytes")
 
 
 def load_error(hf_dir: Path, error: Exception) -> DataError:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from megatron_rpp.config.schema import Config
 from megatron_rpp.data.codec import Codec, long_tokenizer_warnings, vocab_size_of
-from megatron_rpp.data.stop_tokens import TOKENIZER_CONFIG, read_object, read_stop_tokens
-from megatron_rpp.data.template import load_error
+from megatron_rpp.data.stop_tokens import TOKENIZER_CONFIG, read_stop_tokens
+from megatron_rpp.data.template import check_files, load_error
+from megatron_rpp.errors import DataError
+from megatron_rpp.input_file import read_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -36,6 +38,7 @@ def preview_tokenizer(cfg: Config) -> TokenizerPreview:
         from tokenizers import Tokenizer
     except ImportError:
         return TokenizerPreview("unknown: the package tokenizers is not installed here")
+    check_files(hf)
     if not (hf / FILE).is_file():
         return TokenizerPreview(f"unknown: {hf} has no {FILE}")
     try:
@@ -59,11 +62,11 @@ def preview_tokenizer(cfg: Config) -> TokenizerPreview:
 
 def _gets_more_tokens(hf: Path, tokenizer: Tokenizer) -> bool:
     """Whether tokenizer_config.json names tokens that tokenizer.json does not have; transformers adds them."""
-    config = read_object(hf / TOKENIZER_CONFIG)
+    config = read_object(hf / TOKENIZER_CONFIG, DataError, default={})
     added = config.get("added_tokens_decoder")
     named = [*(added.values() if isinstance(added, dict) else ()), *(value for key, value in config.items() if key.endswith("_token"))]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = config.get(key) or ()
-        named += more.values() if isinstance(more, dict) else more
+        named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
     texts = [token.get("content") if isinstance(token, dict) else token for token in named]
     return any(isinstance(text, str) and tokenizer.token_to_id(text) is None for text in texts)

@@ -24,13 +24,13 @@ class Entries:
     values: Json
     where: str
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """A positive whole number; `default` if the entry is absent or null. Raises: ConfigError."""
+    def size(self, name: str, default: int | None = None, *, most: int = _MAX_SIZE) -> int:
+        """A positive whole number up to `most`; `default` if the entry is absent or null. Raises: ConfigError."""
         value = self.values.get(name)
         value = default if value is None else value
         if value is None:
             raise ConfigError("this entry is missing", where=self.at(name), expected="a positive whole number")
-        return self._whole(name, value, 1)
+        return self._whole(name, value, 1, most)
 
     def count(self, name: str) -> int:
         """A whole number of 0 or more; null means 0. Raises: ConfigError, also when the entry is absent."""
@@ -76,12 +76,12 @@ class Entries:
         """The place of an entry, for messages."""
         return f"{self.where}: {name}"
 
-    def _whole(self, name: str, value: Any, least: int) -> int:
+    def _whole(self, name: str, value: Any, least: int, most: int = _MAX_SIZE) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             expected = "a positive whole number" if least else "a whole number of 0 or more"
             raise ConfigError("this entry is not a size", where=self.at(name), expected=expected, got=_show(value))
-        if value > _MAX_SIZE:
-            expected = f"a whole number of at most {_MAX_SIZE}"
+        if value > most:
+            expected = f"a whole number of at most {most}"
             raise ConfigError("this entry is not a size", where=self.at(name), expected=expected, got=_show(value))
         return value
 

@@ -19,6 +19,7 @@ from megatron_rpp.hf.engine import engine_limit
 from megatron_rpp.hf.entries import Entries, Json
 from megatron_rpp.hf.experts import ExpertShape, Router, parse_experts, parse_router
 from megatron_rpp.hf.rope import Rope, parse_rope
+from megatron_rpp.input_file import read_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ _ABSENT: Mapping[str, Json] = {
     "deepseek_v3": {"max_position_embeddings": 4096},
 }
 _UNQUANTIZED = "choose the unquantized model; tools/convert_hf_to_megatron.py and convert_megatron_to_hf.py turn block FP8 into one"
+_MAX_LAYERS = 10_000  # the layers of a model are listed one by one
 _FIX = "point model.hf at a directory with config.json, *.safetensors and the tokenizer's files"
 
 
@@ -179,13 +181,8 @@ def read_model(directory: Path, *, for_engine: bool = False) -> HfModel:
     ways of choosing experts).
     """
     path = Path(directory) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("cannot read the model's config.json", where=str(path), got=error.strerror, fix=_FIX) from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError("config.json is not JSON", where=str(path), got=error, fix="fetch config.json again") from None
-    if for_engine and isinstance(raw, dict):
+    raw = read_object(path, ConfigError, fix=_FIX)
+    if for_engine:
         raw = {name: value for name, value in raw.items() if name not in _QUANTIZATION}
     return parse_model(raw, where=str(path))
 
@@ -197,7 +194,7 @@ def parse_model(raw: Any, *, where: str) -> HfModel:
     entries = Entries(with_defaults(raw), where)
     family = _family(entries)
     _refuse_unknown_mathematics(entries, family)
-    num_layers, heads = entries.size("num_hidden_layers"), entries.size("num_attention_heads")
+    num_layers, heads = entries.size("num_hidden_layers", most=_MAX_LAYERS), entries.size("num_attention_heads")
     hidden, latent = entries.size("hidden_size"), _latent(entries)
     experts = parse_experts(entries, num_layers)
     return HfModel(

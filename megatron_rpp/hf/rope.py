@@ -94,7 +94,8 @@ def _settings(entries: Entries, name: str) -> Json:
 
 
 def _kind(settings: Json) -> Any:
-    return settings.get("rope_type", settings.get("type", "default")) or "default"
+    kind = settings.get("rope_type", settings.get("type"))
+    return "default" if kind is None else kind
 
 
 def _with_yarn(rope: Rope, entries: Entries) -> Rope:

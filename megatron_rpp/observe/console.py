@@ -1,6 +1,7 @@
 """What a person sees of a run: progress inside a step, one row for each step. Only rank 0 has one that prints.
 
 `rich` draws progress bars and a table on a terminal; `plain` writes lines that a log file can keep; `off` says only warnings.
+Text that is said may come from files, models and verifiers: it is shown escaped (display.py), and never as markup of rich.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal, Protocol, TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from megatron_rpp.display import printable, printable_lines
 from megatron_rpp.observe.metrics import Value
 
 Mode = Literal["auto", "rich", "plain", "off"]
@@ -72,6 +74,10 @@ def format_warm_up(step: int, num_steps: int, values: Mapping[str, Value]) -> st
     return f"{step:6d}/{num_steps}  {numbers}"
 
 
+def _shown(text: str) -> str:
+    return printable_lines(text, indent=2)
+
+
 class Off:
     """Nothing but warnings; not even those on ranks other than 0, whose numbers are the same."""
 
@@ -92,7 +98,7 @@ class Off:
 
     def warn(self, text: str) -> None:
         if self._stream is not None:
-            print(f"warning: {text}", file=self._stream, flush=True)
+            print(_shown(f"warning: {text}"), file=self._stream, flush=True)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -132,17 +138,17 @@ class Plain:
         self._stream.flush()
 
     def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(_shown(text), file=self._stream, flush=True)
 
 
 class Rich:
     """A terminal: a bar for the roll-out under way, above it the steps so far."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._console = RichConsole(file=stream, highlight=False, soft_wrap=True)
+        self._console = RichConsole(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[tokens]:,} tokens"),
@@ -155,7 +161,7 @@ class Rich:
     def progress(self, what: str, done: int, total: int, tokens: int) -> None:
         if self._task is None or what != self._what:
             self._clear()
-            self._task, self._what = self._progress.add_task(what, total=total, tokens=0), what
+            self._task, self._what = self._progress.add_task(printable(what), total=total, tokens=0), what
             self._progress.start()
         self._progress.update(self._task, completed=done, tokens=tokens)
         if done >= total:
@@ -164,27 +170,27 @@ class Rich:
     def row(self, step: int, values: Mapping[str, Value], timing: Mapping[str, float]) -> None:
         self._clear()
         if self._rows % _ROWS_PER_HEADING == 0:
-            self._console.print(HEADING, style="bold", markup=False)
+            self._console.print(HEADING, style="bold")
         self._rows += 1
-        self._console.print(format_row(step, values, timing), markup=False)
+        self._console.print(format_row(step, values, timing))
 
     def warm_up(self, step: int, num_steps: int, values: Mapping[str, Value]) -> None:
         what = "warm-up"
         if self._task is None or what != self._what:
             self._clear()
-            self._task, self._what = self._progress.add_task(what, total=num_steps, tokens=0), what
+            self._task, self._what = self._progress.add_task(printable(what), total=num_steps, tokens=0), what
             self._progress.start()
         self._progress.update(self._task, completed=step)
         if step == num_steps or step % max(1, num_steps // _WARM_UP_LINES) == 0:
-            self._console.print(format_warm_up(step, num_steps, values), markup=False)
+            self._console.print(format_warm_up(step, num_steps, values))
         if step == num_steps:
             self._clear()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(_shown(text))
 
     def warn(self, text: str) -> None:
-        self._console.print(f"warning: {text}", style="yellow", markup=False)
+        self._console.print(_shown(f"warning: {text}"), style="yellow")
 
     def close(self) -> None:
         self._clear()

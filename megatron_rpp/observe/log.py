@@ -21,6 +21,9 @@ class RunLog:
         self._console: Console = open_console(observe.console, is_leader=run is not None)
         self._metrics = sinks.RecordFile(run.metrics, encode, resumed_step=resumed_step) if run is not None else None
         self._timings = sinks.RecordFile(run.timings, encode_timing, resumed_step=resumed_step) if run is not None else None
+        for file in (self._metrics, self._timings):
+            for warning in file.warnings if file is not None else ():
+                self._console.warn(warning)
         is_drawn = run is not None and observe.tensorboard
         self._board = sinks.TensorBoard(run.tensorboard, resumed_step=resumed_step) if is_drawn else None
         self._held_out: dict[str, Value] = {}

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_rpp.data.rows import BadRow, iter_jsonl, number_text
+from megatron_rpp.display import printable
 from megatron_rpp.errors import DataError
+from megatron_rpp.input_file import why_unreadable
 from megatron_rpp.reward.base import RewardInput, Verdict
 from megatron_rpp.reward.pool import RewardPool
 
@@ -74,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO | None = None) -> int:
     """Print the scores. Returns the exit status: 1 when a row was bad or a verifier failed. Raises: DataError, RewardError."""
     out = sys.stdout if out is None else out
-    if not args.input.is_file():
-        raise DataError("there is no such file", where=str(args.input))
+    if reason := why_unreadable(args.input):
+        raise DataError("cannot read the file", where=str(args.input), got=reason)
     with RewardPool(args.reward, args.timeout_s, args.num_workers) as pool:
         scored = score_lines(args.input, pool, args.prompt_end)
         try:
@@ -134,7 +136,7 @@ def _write_table(scored: Iterable[Scored], out: TextIO) -> int:
             total, count = total + row.verdict.score, count + 1
         if row.is_trouble:
             troubles.append(row)
-    lines = [f"line {row.line:>6}  {row.trouble}" for row in troubles[:MAX_LISTED]]
+    lines = [printable(f"line {row.line:>6}  {row.trouble}") for row in troubles[:MAX_LISTED]]
     if len(troubles) > MAX_LISTED:
         lines.append(f"... and {len(troubles) - MAX_LISTED} more; --json lists all")
     lines += [

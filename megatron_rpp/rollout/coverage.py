@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron_rpp.errors import EngineError
+from megatron_rpp.input_file import read_object
 from megatron_rpp.rollout import device_memory, worker
 
 WHOLE_FILE = "expected.json"  # HF name -> shape of every tensor of the HF directory
@@ -167,7 +169,7 @@ def write_expected(hf: Path) -> int:
         found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     if (hf / TENSORS_FILE).exists():
         found = json.loads((hf / TENSORS_FILE).read_text(encoding="utf-8"))
-    if json.loads((hf / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"):
+    if read_object(hf / "config.json", EngineError).get("tie_word_embeddings"):
         found.pop("lm_head.weight", None)
     worker.write_json(worker.folder() / WHOLE_FILE, found)
     return len(found)

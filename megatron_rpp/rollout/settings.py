@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_rpp.errors import EngineError
+from megatron_rpp.input_file import read_object
+
 # Variables that describe the trainer's own process group, allocator or Slurm step. An SGLang worker that read them would
 # join the wrong group, start under the wrong rank, or turn off its memory saver.
 _FOREIGN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -91,9 +94,9 @@ def model_overrides(settings: EngineSettings) -> str:
     """The value of SGLang's json_model_override_args: entries of config.json as its classes have to read them, as JSON.
 
     DeepSeek's get what their config.json leaves out; and SGLang restricts tokens to groups of experts whenever there are groups,
-    which `topk_method: greedy` does not mean. Raises: OSError, ValueError when config.json cannot be read.
+    which `topk_method: greedy` does not mean. Raises: EngineError when config.json cannot be read.
     """
-    config = json.loads((Path(settings.hf) / "config.json").read_text(encoding="utf-8"))
+    config = read_object(Path(settings.hf) / "config.json", EngineError)
     found = {name: value for name, value in _ABSENT.get(config["model_type"], {}).items() if config.get(name) is None}
     if {**config, **found}.get("topk_method") == "greedy":
         found |= {"n_group": 1, "topk_group": 1}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.files import refusal
+from megatron_rpp.input_file import read_object
 from megatron_rpp.weights.raw_file import RawFile, payload, read_rect
 from megatron_rpp.weights.rect import Rect, Shape, as_matrix
 from megatron_rpp.weights.safetensors_file import Entry, read_header, write_header
@@ -111,15 +112,7 @@ def has_weights(folder: Path) -> bool:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises: CheckpointError naming the file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError("cannot read the file", where=str(file), got=error) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("not JSON", where=str(file), got=error) from error
-    if not isinstance(value, dict):
-        raise CheckpointError("not a JSON object", where=str(file), got=type(value).__name__)
-    return value
+    return read_object(file, CheckpointError)
 
 
 def _read_shards(folder: Path) -> dict[str, Entry]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 
 from megatron_rpp.errors import CheckpointError
+from megatron_rpp.input_file import open_file, parse_json
 from megatron_rpp.weights.rect import Shape
 
 WIDE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = WIDE_DTYPES | {"F8_E4M3": torch.float8_e4m3fn}  # alone the latter is no number: its scales are another tensor
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_MAX_DIMS = 64  # torch's own limit
 _FETCH = "the file is truncated or damaged: fetch it again"
 
 
@@ -71,15 +74,15 @@ def read_header(file: Path) -> dict[str, Entry]:
 def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
     """(header, offset of the first tensor, size of the file)."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError("no complete safetensors header", where=str(file), got=f"{size} bytes", fix=_FETCH)
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
     except OSError as error:
-        raise CheckpointError("cannot read the file", where=str(file), got=error) from error
-    except (ValueError, RecursionError) as error:
+        raise CheckpointError("cannot read the file", where=str(file), got=error.strerror) from error
+    except ValueError as error:
         raise CheckpointError("the header is not JSON", where=str(file), got=error, fix=_FETCH) from error
     if not isinstance(header, dict):
         raise CheckpointError("the header is not a JSON object", where=str(file), got=type(header).__name__)
@@ -89,7 +92,7 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
 def _entry(file: Path, name: str, fields: Any, data_start: int) -> tuple[Entry, int]:
     try:
         kind, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, start, end))
+        whole = isinstance(kind, str) and len(shape) <= _MAX_DIMS and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end))
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:

@@ -10,8 +10,8 @@ from tests.guards.source import PACKAGE, ROOT, imports, name_of, python_files, t
 
 # A module imports strictly lower layers only; modules of one layer do not import each other.
 LAYERS = (
-    ("errors", "host", "signals", "types", "version"),
-    ("config", "files", "hf"),
+    ("display", "errors", "files", "host", "input_file", "signals", "types", "version"),
+    ("config", "hf"),
     ("algo", "data", "dist", "reward", "stats"),
     ("mcore", "rollout", "weights"),
     ("delivery", "engine_dir"),
@@ -23,7 +23,9 @@ LAYERS = (
     ("__main__",),
 )
 # Exact statistics are sums over a process group. Settings are checked against the model that they name. Rewards score rows of files.
-SIBLINGS = {("stats", "dist"), ("config", "hf"), ("reward", "data")}
+# Errors are escaped for display. A file that cannot be read is an error.
+SIBLINGS = {("stats", "dist"), ("config", "hf"), ("reward", "data"), ("errors", "display"), ("input_file", "errors")}
+SIBLINGS |= {("files", "errors")}
 
 STORE = "megatron_rpp/rollout/queue"  # a store that leaders share; no process group
 APPLY_PATCHES = ("megatron_rpp/mcore/init", "megatron_rpp/rollout/worker", "megatron_rpp/process", "megatron_rpp/data/template")
@@ -47,7 +49,8 @@ FENCE = {
 }
 # Parts that answer at once, or run where torch must not be: they never import it while they themselves are imported.
 WITHOUT_TORCH = ("config/", "hf/", "reward/", "observe/", "dist/world.py", "dist/hostlist.py", "data/tokenizer_file.py")
-WITHOUT_TORCH += ("__main__.py", "doctor.py", "errors.py", "host.py", "launch.py", "signals.py", "version.py")
+WITHOUT_TORCH += ("__main__.py", "display.py", "doctor.py", "errors.py", "host.py", "input_file.py", "launch.py")
+WITHOUT_TORCH += ("signals.py", "version.py")
 
 
 def layer_of(part: str) -> int:

@@ -128,17 +128,17 @@ def test_a_call_resumes_from_the_ledger_without_sampling_again(engine: Engine, t
     prompts = _prompts(5)
     whole = _generate(_rollouts(engine), prompts)
     earlier = [replace(whole[0], text="from the ledger"), replace(whole[5], text="from the ledger"), replace(whole[9], version=7)]
-    Ledger(tmp_path, leader=1).append("step-000002", earlier)
+    Ledger(tmp_path, leader=1, vocab_size=tiny.VOCAB).append("step-000002", earlier)
     handed_on: list[tuple[str, int]] = []
     resumed = _generate(
-        _rollouts(engine, ledger=Ledger(tmp_path)),
+        _rollouts(engine, ledger=Ledger(tmp_path, vocab_size=tiny.VOCAB)),
         prompts,
         on_response=lambda prompt, response: handed_on.append((prompt.uid, response.sample)),
     )
     assert [each.text for each in resumed].count("from the ledger") == 2
     assert [replace(each, text="") for each in resumed] == [replace(each, text="") for each in whole]
     assert sorted(handed_on) == sorted((each.prompt_uid, each.sample) for each in whole)
-    assert set(Ledger(tmp_path).load("step-000002").values()) == {*resumed, earlier[2]}
+    assert set(Ledger(tmp_path, vocab_size=tiny.VOCAB).load("step-000002").values()) == {*resumed, earlier[2]}
 
 
 def test_other_weights_are_refused_before_anything_is_sampled(engine: Engine) -> None:

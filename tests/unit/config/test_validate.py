@@ -83,7 +83,7 @@ REFUSED = [
     ("data.train=nowhere.jsonl", "data.train: no such file"),
     ("model.megatron_checkpoint=nowhere", "model.megatron_checkpoint: no such directory"),
     ("data.eval=train.csv", "data.eval: must be a .jsonl or .parquet file"),
-    ("model.hf=nowhere", "/nowhere/config.json: cannot read the model's config.json"),
+    ("model.hf=nowhere", "/nowhere/config.json: cannot read the file"),
     # geometry
     ("parallel.vpp=2", "parallel.vpp: virtual chunks need a pipeline"),
     ("parallel.pp=3", "parallel.pp: the 4 layers do not divide into pp 3 x vpp 1 = 3 chunks"),
@@ -154,7 +154,7 @@ def test_the_edge_of_a_rule_is_let_through(project: Path, overrides: tuple[str, 
             "correction.reject_outside: must be [low, high] with 0 < low < high",
         ),
         (("stats.wire=fp8", "stats.limbs=9"), "stats.limbs: must be at most 8, which carry a float64, got 9"),
-        (("algo.estimator=gae", "critic.hf=nowhere"), "/nowhere/config.json: cannot read the model's config.json"),
+        (("algo.estimator=gae", "critic.hf=nowhere"), "/nowhere/config.json: cannot read the file"),
         (("algo.estimator=gae", "model.megatron_checkpoint=."), "critic.hf: model.megatron_checkpoint has no weights for a critic"),
         (("preset=grpo", "model.megatron.moe_aux_loss_coeff=0.01"), "model.megatron.moe_aux_loss_coeff: Megatron scales it by tokens"),
         (("parallel.cp=2", "model.megatron.moe_z_loss_coeff=0.01"), "model.megatron.moe_z_loss_coeff: megatron-core makes it tp x cp = 2"),
@@ -293,9 +293,9 @@ def test_uneven_layers_leave_the_layers_of_a_chunk_open(project: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "config.json is not JSON"),
-        ("[]", "config.json does not hold a JSON object\n  got: list"),
-        ("null", "config.json does not hold a JSON object\n  got: NoneType"),
+        ("{", "config.json: cannot read the file as JSON"),
+        ("[]", "config.json: the file does not hold a JSON object\n  got: a list"),
+        ("null", "config.json: the file does not hold a JSON object\n  got: null"),
         (
             json.dumps({**QWEN, "hidden_size": "wide"}),
             "hidden_size: this entry is not a size\n  expected: a positive whole number\n  got: 'wide'",

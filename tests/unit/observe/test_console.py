@@ -110,6 +110,21 @@ def test_a_log_records_shows_and_sums_up(tmp_path, capsys: pytest.CaptureFixture
     assert lines[4] == "     1/1  loss 2.5"
 
 
+def test_a_resumed_run_says_which_records_are_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    observe = Observe(console="off", tensorboard=False)
+    with RunDir.open(tmp_path) as run, RunLog(observe, run) as log:
+        for step in (1, 2, 5):
+            log.step(step, VALUES, timing=TIMING if step < 5 else {})
+    with RunDir.open(tmp_path) as run, RunLog(observe, run, resumed_step=5) as log:
+        log.step(6, VALUES, timing=TIMING)
+    rest = "The run continues after step 5 without what is lost"
+    assert capsys.readouterr().out.splitlines() == [
+        f"warning: metrics.jsonl has no record of steps 3-4. {rest}",
+        f"warning: timings.jsonl has no record of steps 3-5. {rest}",
+    ]
+    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 5, 6]
+
+
 def test_a_warning_that_is_to_be_said_once_is_said_once_by_the_first_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     observe = Observe(console="plain", tensorboard=False)
     with RunDir.open(tmp_path) as run, RunLog(observe, run) as log, RunLog(observe, None) as other_rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,90 @@ def test_garbage_inside_the_file_is_named_not_skipped(tmp_path: Path) -> None:
     path.write_bytes(lines[0] + b'{"step": "two", "kind": "step"}\n' + lines[1])
     with pytest.raises(RppError, match=r"metrics\.jsonl:2"):
         read(path)
+
+
+def lines(*steps: int) -> bytes:
+    return b"".join(encode("step", step, {"score/mean": step / 7}).encode() + b"\n" for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("before", "resumed_step", "kept", "warnings"),
+    [
+        ((1, 2, 3), 3, (1, 2, 3), []),
+        ((1, 2, 3, 4, 5), 3, (1, 2, 3), []),
+        ((1, 2, 5), 5, (1, 2, 5), ["no record of steps 3-4. The run continues after step 5"]),
+        ((2, 4, 6, 7), 6, (2, 4, 6), ["no record of steps 1, 3, 5. "]),
+        ((1, 2, 3), 4, (1, 2, 3), ["no record of step 4. "]),
+        ((), 5, (), ["no record of steps 1-5. "]),
+        ((1, 2, 2, 3), 3, (1, 2, 2, 3), ["more than one record of step 2"]),
+        ((1, 3, 2), 3, (1, 3, 2), ["the record of step 2 after that of a later step"]),
+        ((1, 2, 5, 3, 4), 4, (1, 2, 3, 4), ["the record of step 3 after that of a later step"]),
+        (
+            (1, 9, 1),
+            2,
+            (1, 1),
+            ["no record of step 2", "more than one record of step 1", "the record of step 1 after that of a later step"],
+        ),
+        ((4, 5), 0, (), []),
+        ((4, 5), -1, (), []),
+    ],
+)
+def test_records_that_are_missing_doubled_or_out_of_order_are_named(
+    tmp_path: Path, before: tuple[int, ...], resumed_step: int, kept: tuple[int, ...], warnings: list[str]
+) -> None:
+    """The run continues: it needs none of them. No step that will be taken again keeps its record."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(lines(*before))
+    file = RecordFile(path, encode, resumed_step=resumed_step)
+    file.append("step", 9, {"score/mean": 9 / 7})
+    file.close()
+    assert path.read_bytes() == lines(*kept, 9)
+    assert len(file.warnings) == len(warnings)
+    for given, expected in zip(file.warnings, warnings, strict=True):
+        assert given.startswith("metrics.jsonl has ")
+        assert expected in given
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_evaluation_is_no_second_record_of_its_step(tmp_path: Path) -> None:
+    fill(tmp_path / "metrics.jsonl", range(1, 5))
+    assert RecordFile(tmp_path / "metrics.jsonl", encode, resumed_step=4).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"kind": "step", "step": 2.0}', "the step is not a whole number"),
+        (b'{"kind": "step", "step": true}', "the step is not a whole number"),
+        (b'{"kind": "step", "step": -1}', "the step is not a whole number"),
+        (b'{"kind": "step", "step": 1' + b"0" * 400 + b"}", "the step is not a whole number"),
+        (b'{"kind": 5, "step": 2}', "the kind is not a word"),
+        (b'{"step": 2}', "the kind is not a word"),
+        (b'{"kind": "step", "step": 2, "score/mean": [1]}', "'score/mean' is not a number or a word"),
+        (b'{"kind": "step", "step": 2, "score/mean": null}', "'score/mean' is not a number or a word"),
+        (b'{"kind": "step", "step": 2, "score/mean": Infinity}', "Infinity is not a JSON number"),
+        (b'{"kind": "step", "step": 2, "step": 3}', "the name 'step' is given twice"),
+        (b"[1]", "a list, not an object"),
+        (b"[" * 100_000, "nested more than"),
+        (b"\xff", "not UTF-8"),
+        (lines(2)[:-20], "Expecting value"),  # torn, in the middle of the file
+    ],
+)
+def test_a_line_that_no_run_wrote_is_refused_with_its_place(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = tmp_path / "timings.jsonl"
+    path.write_bytes(lines(1) + line + b"\n" + lines(3))
+    with pytest.raises(RppError) as caught:
+        RecordFile(path, encode, resumed_step=3)
+    assert f"{path}:2: not a record of a run" in str(caught.value)
+    assert reason in str(caught.value)
+    assert path.read_bytes() == lines(1) + line + b"\n" + lines(3)  # nothing is lost by a refusal
+
+
+@pytest.mark.parametrize("resumed_step", [0, 3])
+def test_a_pipe_in_place_of_the_records_does_not_block_a_run(tmp_path: Path, resumed_step: int) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(RppError, match="cannot read the records of the run\n  got: a named pipe"):
+        RecordFile(tmp_path / "metrics.jsonl", encode, resumed_step=resumed_step)
 
 
 def test_a_file_knows_which_records_it_holds(tmp_path: Path) -> None:

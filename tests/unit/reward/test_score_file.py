@@ -111,7 +111,7 @@ def test_an_empty_file_has_no_mean(tmp_path: Path) -> None:
 
 def test_a_missing_file_and_an_unknown_reward_are_clear_errors(tmp_path: Path) -> None:
     arguments = argparse.Namespace(input=tmp_path / "absent.jsonl", reward="math", json=True, timeout_s=10.0, num_workers=1)
-    with pytest.raises(DataError, match=r"absent.jsonl: there is no such file"):
+    with pytest.raises(DataError, match=r"absent.jsonl: cannot read the file\n  got: no such file"):
         score_file.run(arguments)
     with pytest.raises(RewardError, match="did you mean 'math'"):
         run(tmp_path, "--reward", "maths", lines=[row("4")])
