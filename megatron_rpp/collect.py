@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from megatron_rpp.config.ranges import MAX_SECONDS
 from megatron_rpp.config.schema import Config
 from megatron_rpp.dist.agreement import raise_together
 from megatron_rpp.dist.collectives import gather_objects
@@ -54,6 +55,7 @@ class Collector:
         cfg, error = self.cfg, None
         num_asked = len(prompts) * (num_samples + with_greedy)
         verdicts_s = cfg.reward.timeout_s * -(-num_asked // cfg.reward.num_workers) + cfg.run.deadline_s  # were each to need its limit
+        verdicts_s = min(verdicts_s, MAX_SECONDS)
         mine: list[Response] = []
         if self.pool is not None:
             work = _Scoring(self.pool, num_asked, progress)

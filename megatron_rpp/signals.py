@@ -8,15 +8,20 @@ import signal
 
 # Slurm's warning before the time limit goes to every process of a task, whatever it is doing.
 WARNING = signal.SIGUSR1
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LIBC = ctypes.CDLL(None)  # loaded before any fork: a forked child must not run the loader
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when process `parent`, its parent, ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process the signal `by` when process `parent`, its parent, ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, by)
     if os.getppid() != parent:  # it ended before the line above
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of every descendant that loses its own, instead of process 1."""
+    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def hold_warning() -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from megatron_rpp.reward.base import RewardInput, Verdict
 from megatron_rpp.reward.final_answer import explicit_answer
 from megatron_rpp.reward.pool import RewardPool
+from megatron_rpp.reward.score_file import add_pool_arguments
 
 MAX_REFUSED_FRAC = 0.001
 RIGHT = ("as written", "boxed", "in a sentence", "restyled")
@@ -41,8 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Score reference answers against themselves and against wrong ones.")
     parser.add_argument("dir", type=Path)
     parser.add_argument("--limit", type=int, help="rows of each file")
-    parser.add_argument("--num-workers", type=int, default=2)
-    parser.add_argument("--timeout-s", type=float, default=30.0)
+    add_pool_arguments(parser, timeout_s=30.0)
     args = parser.parse_args()
     cases = [case for path in sorted(args.dir.glob("*/*.jsonl")) for case in cases_of(path, args.limit)]
     if not cases:

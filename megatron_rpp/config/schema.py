@@ -1,6 +1,7 @@
 """Every setting, with its default, in one place. Standard library only: importing this costs nothing.
 
 Units stand in the names: `_s` seconds, `_tokens`, `_gib`; `num_` counts, `_coef` multiplies a loss term, `_frac` lies in [0, 1].
+A setting in `_s` is a time limit, from 0.001 seconds to 14 days (ranges.py).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Data:
 class Reward:
     name: str = "math"  # exact | arithmetic | math | package.module:function
     timeout_s: float = 10.0  # wall clock of one verifier call, then its worker is killed
-    num_workers: int = 2
+    num_workers: int = 2  # verifier processes of each engine's leader, at most 1024
     failed_score: float = 0.0  # the score of a response whose verifier failed
     # What truncation does to a score, before any baseline. Truncated is what the engine stopped for its length.
     overlong_frac: float = 0.0  # last share of max_response_tokens over which a penalty grows from 0 to overlong_penalty (DAPO: 0.2)

@@ -17,6 +17,7 @@ from megatron_rpp.config.geometry import Geometry, derive, num_optimiser_steps, 
 from megatron_rpp.config.layout_rules import engine_problems, layout_problems, router_problems
 from megatron_rpp.config.options import option_problems
 from megatron_rpp.config.problems import Problem, refuse
+from megatron_rpp.config.ranges import COUNTS, range_of
 from megatron_rpp.config.schema import Config, Eval
 from megatron_rpp.config.validate_algo import algo_problems, algo_warnings, effect_problems
 from megatron_rpp.errors import ConfigError, GeometryError
@@ -53,7 +54,9 @@ def validate(
     Raises: ConfigError, or GeometryError when only layouts are wrong, with one line for each broken rule.
     """
     lines = lines or {}
-    problems = [*_bounds(cfg), *_ranges(cfg), *_without_effect(cfg), *algo_problems(cfg)]
+    problems = [*_bounds(cfg)]
+    are_counts = not {problem.path for problem in problems} & {*COUNTS}
+    problems += [*_ranges(cfg), *_without_effect(cfg), *algo_problems(cfg)]
     # What a preset sets may be without effect where something written lies over another part of it.
     problems += [problem for problem in effect_problems(cfg) if not lines.get(problem.path, "").startswith("preset ")]
     problems += [*_inputs(cfg), *option_problems(cfg)]
@@ -68,7 +71,7 @@ def validate(
             problems.append(Problem(name, str(error)))
     hf = models.get("model.hf")
     kind = ConfigError if problems else GeometryError
-    if all(_get(cfg, name) >= 1 for name in _AT_LEAST_1):  # only then do the divisions below mean anything
+    if are_counts:  # only then do the divisions below mean anything
         problems += [*_layout(cfg, world_size), *_engines(cfg), *_batches(cfg)]
         problems += [problem for name, model in models.items() for problem in _model(cfg, name, model)]
         problems += [*_lengths(cfg, hf), *fp8_problems(cfg, hf)] if hf is not None else []
@@ -78,54 +81,18 @@ def validate(
     return Checked(derive(cfg, hf), hf, tuple(_warnings(cfg)))
 
 
-_AT_LEAST_1 = (
-    *("run.steps", "run.max_empty_steps"),
-    *("parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp", "parallel.dp", "parallel.ep", "parallel.etp"),
-    *("rollout.tp", "rollout.engines", "rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_response_tokens"),
-    *("rollout.max_concurrent", "weights.bucket_mib", "algo.minibatches", "algo.aggregate_tokens", "algo.kl_horizon", "stats.limbs"),
-    *("optim.microbatch_tokens", "checkpoint.keep", "eval.max_prompts", "eval.max_response_tokens", "sft.batch_sequences"),
-    *("data.max_prompt_tokens", "reward.num_workers"),
-)
-_AT_LEAST_0 = (
-    *("run.seed", "algo.kl_reward_coef", "algo.kl_loss_coef", "algo.entropy_coef", "algo.grpo_std_eps", "reward.overlong_penalty"),
-    *("rollout.max_refills", "critic.lr", "critic.warmup_steps", "optim.lr", "optim.min_lr", "optim.warmup_steps"),
-    *("optim.weight_decay", "optim.clip_grad", "checkpoint.every", "eval.every", "eval.temperature"),
-    *("sft.steps", "sft.lr", "sft.warmup_steps"),
-)
-_ABOVE_0 = (
-    *("run.deadline_s", "reward.timeout_s", "rollout.temperature", "rollout.start_deadline_s", "rollout.deadline_s"),
-    *("optim.eps", "observe.mismatch_alarm", "algo.gae_length_alpha", "algo.kl_target", "critic.value_clip"),
-)
-
-
-def _get(cfg: Config, name: str) -> Any:
-    """The setting of that dotted name; 1 stands for an optional one that is not set, which no bound refuses."""
-    value: Any = cfg
-    for part in name.split("."):
-        value = getattr(value, part)
-    return 1 if value is None else value
-
-
-def _bounds(cfg: Config) -> Iterator[Problem]:
-    for names, accepts, expected in (
-        (_AT_LEAST_1, lambda value: value >= 1, "at least 1"),
-        (_AT_LEAST_0, lambda value: value >= 0, "0 or more"),
-        (_ABOVE_0, lambda value: value > 0, "more than 0"),
-    ):
-        for name in names:
-            value = _get(cfg, name)
-            if math.isfinite(value) and not accepts(value):
-                yield Problem(name, f"must be {expected}, got {value}")
-    yield from _not_finite(cfg, "")
-
-
-def _not_finite(section: Any, prefix: str) -> Iterator[Problem]:
+def _bounds(section: Any, prefix: str = "") -> Iterator[Problem]:
+    """Numbers outside their range, and any that is not finite."""
     for spec in fields(section):
-        value = getattr(section, spec.name)
+        name, value = f"{prefix}{spec.name}", getattr(section, spec.name)
+        allowed = range_of(name)
         if is_dataclass(value):
-            yield from _not_finite(value, f"{prefix}{spec.name}.")
+            yield from _bounds(value, f"{name}.")
+        elif allowed is not None:
+            if value is not None and (problem := allowed.problem(value)) is not None:
+                yield Problem(name, problem)
         elif isinstance(value, float) and not math.isfinite(value):
-            yield Problem(f"{prefix}{spec.name}", f"must be a finite number, got {value}")
+            yield Problem(name, f"must be a finite number, got {value}")
 
 
 def _ranges(cfg: Config) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-FailureKind = Literal["timeout", "crash", "memory", "exception", "bad value", "closed", "no worker"]
+FailureKind = Literal["timeout", "crash", "memory", "exception", "bad value", "protocol", "closed", "no worker"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,29 +1,23 @@
 """Score responses in processes that can be killed.
 
 Verifiers run code over whatever a model wrote: they hang, crash, leak and recurse. Here every call has a wall-clock
-limit, and any failure is a Verdict with `reward_failed` set: scoring raises nothing and stalls nobody. Each worker process
+limit, and any failure is a Verdict with `reward_failed` set: scoring raises nothing and stalls nobody. Each verifier process
 has one thread that feeds it, so that `submit` returns at once and scoring overlaps decoding.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import astuple
 
+from megatron_rpp.config.ranges import check_range
 from megatron_rpp.errors import RewardError
-from megatron_rpp.reward.base import FailureKind, RewardInput, Verdict
-from megatron_rpp.reward.channel import Channel
-from megatron_rpp.reward.worker import MAX_REASON_CHARS
+from megatron_rpp.reward.base import RewardInput, Verdict
+from megatron_rpp.reward.verifier import CallError, Verifier
+from megatron_rpp.reward.worker import MAX_REASON_CHARS, describe
 
 
 class RewardPool:
@@ -32,7 +26,8 @@ class RewardPool:
     timeout_s: wall clock of one call, counted from the moment a worker gets it; then the worker is killed and replaced.
     failed_score: the score of a Verdict whose verifier failed. memory_gib: address space of a call beyond the imports.
 
-    Raises: RewardError from the constructor when the reward cannot be loaded in a worker.
+    Raises: from the constructor, RewardError when the reward cannot be loaded in a worker, ConfigError for a time or number
+    out of range.
     """
 
     def __init__(
@@ -45,26 +40,34 @@ class RewardPool:
         memory_gib: float = 4.0,
         start_timeout_s: float = 120.0,
     ) -> None:
-        if num_workers < 1 or timeout_s <= 0:
-            raise ValueError(f"num_workers must be at least 1 and timeout_s positive, got {num_workers} and {timeout_s}")
+        check_range("reward.num_workers", num_workers)
+        check_range("reward.timeout_s", timeout_s)
+        check_range("start_timeout_s", start_timeout_s)
         self._failed_score = failed_score
         self._timeout_s = timeout_s
         self._tasks: queue.SimpleQueue[tuple[RewardInput, Future[Verdict]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # makes "is it closed?" and "put" one act
         self._closed = False
-        self._workers = [_Worker(name, int(memory_gib * 2**30), start_timeout_s) for _ in range(num_workers)]
-        loaded: list[Future[None]] = [Future() for _ in self._workers]
-        self._threads = [
-            threading.Thread(target=self._serve, args=pair, name="reward", daemon=True) for pair in zip(self._workers, loaded, strict=True)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._verifiers = [Verifier(name, int(memory_gib * 2**30), start_timeout_s) for _ in range(num_workers)]
+        self._threads: list[threading.Thread] = []
         try:
-            for future in loaded:
+            for future in [self._start_thread(verifier) for verifier in self._verifiers]:
                 future.result()
         except BaseException:
             self.close()
             raise
+
+    def _start_thread(self, verifier: Verifier) -> Future[None]:
+        """The future tells when the verifier is loaded."""
+        loaded: Future[None] = Future()
+        thread = threading.Thread(target=self._serve, args=(verifier, loaded), name="reward", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            fix = "lower reward.num_workers"
+            raise RewardError("this host starts no more threads", where="reward.num_workers", got=error, fix=fix) from error
+        self._threads.append(thread)
+        return loaded
 
     def submit(self, item: RewardInput) -> Future[Verdict]:
         """Queue one response. The future always gets a Verdict, never an exception."""
@@ -84,8 +87,8 @@ class RewardPool:
         """Kill the workers. Responses still queued get the verdict "closed". Safe to call twice."""
         with self._lock:
             self._closed = True
-        for worker in self._workers:
-            worker.stop()
+        for verifier in self._verifiers:
+            verifier.stop()
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:
@@ -97,137 +100,39 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _serve(self, worker: _Worker, loaded: Future[None]) -> None:
-        """The life of one thread: start its worker, then answer the queue until close.
+    def _serve(self, verifier: Verifier, loaded: Future[None]) -> None:
+        """The life of one thread: start its verifier, then answer the queue until close.
 
-        The kernel ends a worker with the *thread* that spawned it, so this thread does all spawning and outlives them all.
+        The kernel ends a verifier with the *thread* that spawned it, so this thread does all spawning and outlives them all.
         """
         try:
-            worker.start()
-            loaded.set_result(None)
-        except RewardError as error:  # for the constructor to raise
+            verifier.start()
+        except BaseException as error:  # noqa: BLE001  the constructor raises it
             loaded.set_exception(error)
+        else:
+            loaded.set_result(None)
         while (task := self._tasks.get()) is not None:
             item, future = task
-            future.set_result(self._judge(worker, item))
-        worker.discard()
+            future.set_result(self._judge(verifier, item))
+        self._discard(verifier)
 
-    def _judge(self, worker: _Worker, item: RewardInput) -> Verdict:
+    def _judge(self, verifier: Verifier, item: RewardInput) -> Verdict:
+        """A verdict, whatever happens: an exception here would end the thread, and nobody would answer what waits for it."""
         try:
-            worker.start()
-            return Verdict(worker.call(item, self._timeout_s))
+            verifier.start()
+            return Verdict(verifier.call(item, self._timeout_s))
+        except CallError as failure:
+            kind, reason = failure.kind, failure.reason
         except RewardError as error:
             kind, reason = "no worker", str(error)
-        except _CallError as failure:
-            kind, reason = failure.kind, failure.reason
+        except BaseException as error:  # noqa: BLE001  see above
+            kind, reason = "no worker", f"the pool failed: {describe(error)}"
+            self._discard(verifier)
         if self._closed:
             kind, reason = "closed", "the pool was closed before the response was scored"
         return Verdict(self._failed_score, kind, reason[:MAX_REASON_CHARS])
 
-
-class _CallError(Exception):
-    def __init__(self, kind: FailureKind, reason: str) -> None:
-        super().__init__(reason)
-        self.kind, self.reason = kind, reason
-
-
-class _Worker:
-    """One verifier process and the channel to it. Its own thread starts, calls and discards it; any thread may stop it."""
-
-    def __init__(self, name: str, memory_bytes: int, start_timeout_s: float) -> None:
-        self._name, self._memory_bytes, self._start_timeout_s = name, memory_bytes, start_timeout_s
-        self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
-        self._stopped = False
-        self._lock = threading.Lock()  # a pid is signalled only while it is unreaped, hence ours
-
-    def start(self) -> None:
-        """Spawn the process if there is none, and wait until the reward is loaded in it. Raises RewardError."""
-        if self._process is not None:
-            return
-        with self._lock:
-            if self._stopped:
-                raise RewardError("the reward pool is closing")
-            self._spawn()
-        where = f"reward.name={self._name}"
-        try:
-            hello = self._channel.receive(time.monotonic() + self._start_timeout_s)
-        except TimeoutError:
-            self.discard()
-            raise RewardError(f"it did not load within {self._start_timeout_s:g} s", where=where) from None
-        except (EOFError, ValueError):
-            raise RewardError("the process that loads it ended", where=where, got=self.discard(grace_s=1.0)) from None
-        if "error" in hello:
-            self.discard()
-            raise RewardError(hello["error"])
-
-    def _spawn(self) -> None:
-        # Not multiprocessing: its spawn imports the parent's __main__, and torch with it. One thread a verifier: they are
-        # many, and the cores belong to the decoders.
-        ours, theirs = socket.socketpair()
-        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        fd = theirs.fileno()
-        arguments = [str(fd), str(os.getpid()), str(self._memory_bytes), self._name]
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_rpp.reward.worker", *arguments],
-                env={**os.environ, **one_thread, "PYTHONPATH": path},
-                pass_fds=(fd,),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is the parent's to handle, and a kill reaches the verifier's own children
-            )
-        except OSError as error:
-            ours.close()
-            raise RewardError("a verifier process does not start", where=f"reward.name={self._name}", got=error) from error
-        finally:
-            theirs.close()
-        self._channel = Channel(ours)
-
-    def call(self, item: RewardInput, timeout_s: float) -> float:
-        """One score. Raises _CallError, after discarding a process that did not answer properly."""
-        deadline = time.monotonic() + timeout_s
-        try:
-            self._channel.send(astuple(item), deadline)
-            answer = self._channel.receive(deadline)
-        except TimeoutError:
-            self.discard()
-            raise _CallError("timeout", f"no score within {timeout_s:g} s; the verifier was killed") from None
-        except (EOFError, ValueError):
-            raise _CallError("crash", f"the verifier's process ended: {self.discard(grace_s=1.0)}") from None
-        if "score" in answer:
-            return answer["score"]
-        if answer["failed"] == "memory":
-            self.discard()  # what is left on its heap would fail the next response
-        raise _CallError(answer["failed"], answer["reason"])
-
-    def stop(self) -> None:
-        """Kill the process and let none follow. Its thread notices and reaps it."""
-        with self._lock:
-            self._stopped = True
-            if self._process is not None:
-                _kill(self._process)
-
-    def discard(self, grace_s: float = 0.0) -> str:
-        """Kill and reap the process, if there is one, and say how it ended; `grace_s` lets a dying one end by itself."""
-        with self._lock:
-            process, self._process = self._process, None
-            if process is None:
-                return "no process"
-            _await_zombie(process.pid, grace_s)
-            _kill(process)  # also what it left behind in its session
-            code = process.wait()
-            self._channel.close()
-        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-
-
-def _await_zombie(pid: int, grace_s: float) -> None:
-    """Wait for a process to end without reaping it, so that its number cannot be given to another meanwhile."""
-    deadline = time.monotonic() + grace_s
-    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    def _discard(self, verifier: Verifier) -> None:
+        """End a verifier that may be in any state."""
+        with contextlib.suppress(BaseException):
+            verifier.discard()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from megatron_rpp.config.ranges import flag_type
 from megatron_rpp.data.rows import BadRow, iter_jsonl, number_text
 from megatron_rpp.display import printable
 from megatron_rpp.errors import DataError
@@ -69,8 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "response has no answer until it writes </think> (default: nothing)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON line for each row instead of a table")
-    parser.add_argument("--timeout-s", type=float, default=10.0, help="wall clock of one verifier call (default 10)")
-    parser.add_argument("--num-workers", type=int, default=2, help="verifier processes (default 2)")
+    add_pool_arguments(parser, timeout_s=10.0)
+
+
+def add_pool_arguments(parser: argparse.ArgumentParser, *, timeout_s: float) -> None:
+    """The flags of a command that opens a RewardPool. timeout_s: the default."""
+    limit = flag_type("reward.timeout_s", float)
+    parser.add_argument("--timeout-s", type=limit, default=timeout_s, help=f"wall clock of one verifier call (default {timeout_s:g})")
+    parser.add_argument("--num-workers", type=flag_type("reward.num_workers", int), default=2, help="verifier processes (default 2)")
 
 
 def run(args: argparse.Namespace, out: TextIO | None = None) -> int:
