@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    sys.path.append(sys.path.pop(0))  # before any other import: see search_path.py
+
 import argparse
 import contextlib
 import difflib
 import io
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +29,7 @@ from megatron_rpp.dist.world import World
 from megatron_rpp.errors import RppError
 from megatron_rpp.files import refuse_unusable, storage_errors_named
 from megatron_rpp.host import num_gpus
+from megatron_rpp.search_path import add_working_directory, python_module
 from megatron_rpp.signals import hold_warning
 from megatron_rpp.version import __version__
 
@@ -43,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not in UTF-8 cannot show every text
     arguments = list(sys.argv[1:] if argv is None else argv)
+    add_working_directory()
     options = _parse(arguments)
     try:
         with storage_errors_named():
@@ -73,6 +79,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     score = commands.add_parser("score", help="judge the responses in a file with a reward")
     score.set_defaults(run=_score)
     doctor = commands.add_parser("doctor", help="look at this host and its packages for what would stop a run")
+    doctor.add_argument("--clean", action="store_true", help="remove what dead runs of this user have left in TMPDIR and /dev/shm")
     doctor.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
     doctor.set_defaults(run=_doctor)
 
@@ -112,7 +119,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         from megatron_rpp import launch
 
         return launch.run_ranks(
-            [sys.executable, "-m", "megatron_rpp", *arguments], num_ranks(cfg), log_dir=cfg.run.dir / "logs", is_cpu=_is_cpu(cfg)
+            [*python_module("megatron_rpp"), *arguments], num_ranks(cfg), log_dir=cfg.run.dir / "logs", is_cpu=_is_cpu(cfg)
         )
     return _run_as_rank(options, cfg, world)
 
@@ -233,7 +240,7 @@ def _score(options: argparse.Namespace, arguments: list[str]) -> int:
 def _doctor(options: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_rpp import doctor
 
-    return doctor.main(as_json=options.json)
+    return doctor.main(as_json=options.json, clean=options.clean)
 
 
 if __name__ == "__main__":

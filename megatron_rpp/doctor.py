@@ -1,4 +1,4 @@
-"""`rpp doctor`: what on this host would stop a run or make it wrong, said before a run finds out. Changes nothing."""
+"""`rpp doctor`: what on this host would stop a run or make it wrong, said before a run finds out. Only `--clean` changes anything."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from megatron_rpp.host import num_gpus
+from megatron_rpp.leftovers import Leftover, find_leftovers, remove_if_abandoned
+from megatron_rpp.search_path import python_module
 
 Status = Literal["ok", "warn", "FAIL"]
 Versions = Callable[[str], str | None]
@@ -38,8 +40,10 @@ class Finding:
         return f"{self.status:4}  {self.name:20} {self.text}" + (f"\n{'':27}-> {self.remedy}" if self.remedy else "")
 
 
-def main(*, as_json: bool = False) -> int:
-    """Print every finding; 1 when one of them is a FAIL."""
+def main(*, as_json: bool = False, clean: bool = False) -> int:
+    """Print every finding; 1 when one of them is a FAIL. clean: first remove what dead runs have left."""
+    if clean:
+        _remove_leftovers(quiet=as_json)
     findings = []
     for finding in examine():
         findings.append(finding)
@@ -65,6 +69,7 @@ def examine() -> Iterator[Finding]:
     yield check_shared_memory(shm.free if shm else 0)
     yield check_memory(_memory_bytes(), num_cores=len(os.sched_getaffinity(0)))
     yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    yield check_leftovers(find_leftovers())
     yield _check_cuda(has_gpu=has_gpu)
     yield _check_patches()
 
@@ -154,6 +159,24 @@ def check_open_files(limit: int) -> Finding:
     return Finding("open files", "ok", f"at most {limit}" if limit >= 0 else "no limit")
 
 
+def check_leftovers(found: Sequence[Leftover]) -> Finding:
+    """What dead runs of this user have left."""
+    if not found:
+        return Finding("left behind", "ok", "nothing of dead runs in TMPDIR and /dev/shm")
+    shared = [path for leftover in found for path in leftover.shared]
+    size = sum(leftover.num_bytes for leftover in found) / 2**20
+    text = f"by dead runs: {len(found)} folders, {len(shared)} entries of {size:.1f} MiB in /dev/shm"
+    paths = [str(path) for leftover in found for path in (leftover.folder, *leftover.shared)]
+    return Finding("left behind", "warn", "".join([text, *(f"\n{'':27}   {path}" for path in paths)]), "rpp doctor --clean")
+
+
+def _remove_leftovers(*, quiet: bool) -> None:
+    for leftover in find_leftovers():
+        if remove_if_abandoned(leftover.folder) and not quiet:
+            for path in (*leftover.shared, leftover.folder):
+                print(f"removed {path}")
+
+
 def _pins() -> dict[str, str]:
     """The exact versions that the installed metadata of megatron_rpp asks for under the extra `train`."""
     lines = metadata.requires("megatron_rpp") or []
@@ -190,7 +213,7 @@ print(version.cuda, count, *{cuda.get_device_name(index) for index in range(coun
 def _check_cuda(*, has_gpu: bool) -> Finding:
     """In a process of its own: a broken driver can end the one that asks."""
     try:
-        result = subprocess.run([sys.executable, "-c", _CUDA], capture_output=True, text=True, timeout=120)
+        result = subprocess.run([sys.executable, "-P", "-c", _CUDA], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         return Finding("cuda", "FAIL", "torch did not answer within 120 s", "look at the driver: nvidia-smi")
     if result.returncode != 0:
@@ -212,7 +235,7 @@ def _check_cuda(*, has_gpu: bool) -> Finding:
 def _check_patches() -> Finding:
     """By the patches' own account, in a process of its own: what it imports must not stay."""
     try:
-        result = subprocess.run([sys.executable, "-m", "megatron_rpp_patches", "status"], capture_output=True, text=True, timeout=120)
+        result = subprocess.run([*python_module("megatron_rpp_patches"), "status"], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         return Finding("patches", "FAIL", "no answer within 120 s", "python -m megatron_rpp_patches status")
     lines = result.stdout.splitlines()

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 
 from megatron_rpp import engine_dir
 from megatron_rpp.config.schema import Config
 from megatron_rpp.delivery import DirectPath, GatherPath, WeightPath
-from megatron_rpp.dist.collectives import broadcast_object, gather_objects
+from megatron_rpp.dist.collectives import gather_objects
 from megatron_rpp.dist.groups import host_group
 from megatron_rpp.dist.layout import EngineGroup, engine_group, engine_groups, num_engines
+from megatron_rpp.dist.store import run_store
 from megatron_rpp.errors import ConfigError, RppError
 from megatron_rpp.hf.model import read_model
 from megatron_rpp.process import Process, record_patches
@@ -21,7 +23,7 @@ from megatron_rpp.reward.pool import RewardPool
 from megatron_rpp.rollout.engine import Engine
 from megatron_rpp.rollout.generate import RolloutLimits, Rollouts
 from megatron_rpp.rollout.ledger import Ledger
-from megatron_rpp.rollout.queue import WorkQueue, open_store
+from megatron_rpp.rollout.queue import WorkQueue
 from megatron_rpp.rollout.settings import EngineSettings
 from megatron_rpp.weights.devices import best_devices, kept_bytes, planned_layout
 from megatron_rpp.weights.families.parameter import Model
@@ -78,7 +80,7 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
                 parts["ledger"] = Ledger(folder, mine.index, vocab_size=vocab_size, root=process.dir.path)
 
         process.together("start engines and reward workers", start, here=leads)
-        queue = _open_queue(process, tuple(group.leader for group in all_groups), mine.index if leads else None)
+        queue = _open_queue(process, len(all_groups), mine.index if leads else None)
         limits = RolloutLimits(total_s=cfg.rollout.deadline_s, quiet_s=cfg.run.deadline_s)
         rollouts = Rollouts(parts.get("engine"), queue, seed=cfg.run.seed, detokenise=detokenise, ledger=parts.get("ledger"), limits=limits)
         yield Sampler(rollouts, parts.get("engine"), parts.get("pool"), all_groups, places)
@@ -210,15 +212,10 @@ def engine_settings(
     )
 
 
-def _open_queue(process: Process, leaders: tuple[int, ...], index: int | None) -> WorkQueue:
-    """The queue that all leaders share. Collective: the first leader hosts the store and tells the others its port."""
-    if len(leaders) == 1:
+def _open_queue(process: Process, num_leaders: int, index: int | None) -> WorkQueue:
+    """The queue that all leaders share, in the store of the run. index: of this leader."""
+    if num_leaders == 1 or index is None:
         return WorkQueue()
-    host, deadline_s = process.world.master_addr, process.deadline_s
-    store = open_store(host, 0, is_host=True, deadline_s=deadline_s) if index == 0 else None
-    mine = store.port if store is not None else None
-    port = broadcast_object(mine, process.groups.world_cpu, src=leaders[0], name="port of the queue", deadline_s=deadline_s)
-    if index is None:
-        return WorkQueue()
-    store = store or open_store(host, port, is_host=False, deadline_s=deadline_s)
-    return WorkQueue(store, leader=index, num_leaders=len(leaders))
+    store = run_store().clone()  # a connection of its own, so that no other wait holds it
+    store.set_timeout(timedelta(seconds=process.deadline_s))
+    return WorkQueue(store, leader=index, num_leaders=num_leaders)

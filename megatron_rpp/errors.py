@@ -93,3 +93,7 @@ class StorageError(RppError):
 
 class CheckpointError(RppError):
     """A checkpoint or HF directory is missing, incomplete, or does not fit the configuration."""
+
+
+class StoreError(RppError):
+    """A value in the store of the run was written by a process that is no rank of it."""

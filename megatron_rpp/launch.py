@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from megatron_rpp.display import printable, printable_lines
 from megatron_rpp.errors import ConfigError, RppError
 from megatron_rpp.files import writing
 from megatron_rpp.host import num_gpus
+from megatron_rpp.leftovers import PrivateFolder, removed_after_death
 from megatron_rpp.signals import WARNING, die_with, hold_warning
 
 GRACE_S = 10.0  # from the first failure to SIGTERM, and from there to SIGKILL
@@ -55,8 +55,8 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, log_dir: Path, is_cpu: 
         _check_gpus(num_ranks)
     with writing(log_dir):
         log_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="rpp-launch-") as reports, _Signals() as signals:
-        ranks = _Ranks(command, num_ranks, log_dir=log_dir, reports=Path(reports), is_cpu=is_cpu)
+    with PrivateFolder() as reports, removed_after_death(reports), _Signals() as signals:
+        ranks = _Ranks(command, num_ranks, log_dir=log_dir, reports=reports, is_cpu=is_cpu)
         try:
             failure = ranks.wait(signals)
         finally:

@@ -22,20 +22,28 @@ _SLURM_STEP = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NODELIST", "SLURM_ST
 
 # Below Linux's ephemeral ports (32768 and up), so that no outgoing connection can sit on a derived port.
 FIRST_PORT, NUM_PORTS = 20000, 12000
+LOOPBACK = "127.0.0.1"  # where the ranks meet if all are on one host
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process's place. master_port 0 (single process only) means: take any free port."""
+    """This process's place.
+
+    master_addr, master_port: where the ranks meet; port 0 (single process only) means any that is free.
+    is_one_host: True only where it is known, by LOCAL_WORLD_SIZE, GROUP_WORLD_SIZE, or a MASTER_ADDR that is this host for every rank.
+    has_agent_store: torchrun's agent hosts the store there, instead of rank 0.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     num_nodes: int = 1
-    master_addr: str = "127.0.0.1"
+    master_addr: str = LOOPBACK
     master_port: int = 0
     launcher: Launcher = "single"
+    is_one_host: bool = True
+    has_agent_store: bool = False
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> World:
@@ -72,15 +80,21 @@ def _from_torchrun(env: Mapping[str, str]) -> World:
         )
     size = _number(env, "WORLD_SIZE")
     local_size = _number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else size
+    num_nodes = _number(env, "GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in env else max(1, -(-size // max(1, local_size)))
+    has_agent_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_known = "LOCAL_WORLD_SIZE" in env or "GROUP_WORLD_SIZE" in env or env["MASTER_ADDR"] in (LOOPBACK, "localhost")
+    is_one_host = num_nodes == 1 and is_known
     return World(
         rank=_number(env, "RANK"),
         size=size,
         local_rank=_number(env, "LOCAL_RANK"),
         local_size=local_size,
-        num_nodes=_number(env, "GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in env else max(1, -(-size // max(1, local_size))),
-        master_addr=env["MASTER_ADDR"],
+        num_nodes=num_nodes,
+        master_addr=LOOPBACK if is_one_host and not has_agent_store else env["MASTER_ADDR"],
         master_port=_number(env, "MASTER_PORT"),
         launcher="torchrun",
+        is_one_host=is_one_host,
+        has_agent_store=has_agent_store,
     )
 
 
@@ -105,9 +119,10 @@ def _from_slurm(env: Mapping[str, str]) -> World:
         local_rank=_number(env, "SLURM_LOCALID"),
         local_size=_slurm_local_size(env, size, len(hosts)),
         num_nodes=len(hosts),
-        master_addr=env.get("MASTER_ADDR") or hosts[0],
+        master_addr=LOOPBACK if len(hosts) == 1 else env.get("MASTER_ADDR") or hosts[0],
         master_port=_number(env, "MASTER_PORT") if env.get("MASTER_PORT") else _slurm_port(env),
         launcher="slurm",
+        is_one_host=len(hosts) == 1,
     )
 
 

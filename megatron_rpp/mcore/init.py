@@ -6,6 +6,7 @@ reason the modules beside this one that import megatron are themselves imported 
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from datetime import timedelta
@@ -18,6 +19,7 @@ import megatron_rpp_patches
 from megatron_rpp.config.schema import Config, Parallel
 from megatron_rpp.dist.groups import UNBOUNDED, Groups
 from megatron_rpp.dist.layout import ExpertCoords, coords_of, expert_coords_of, world_size_of
+from megatron_rpp.dist.store import open_run_store
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import ConfigError, GeometryError
 
@@ -28,7 +30,8 @@ def start(cfg: Config, world: World) -> Groups:
     Order: check the layout against the world, patches, default process group (gloo on CPU, nccl on CUDA; both wait at most
     `run.deadline_s`), Megatron's parallel state, seeds.
     Raises: GeometryError when tp x cp x dp x pp is not the number of processes, or ep x etp does not divide those of a stage;
-    ConfigError when CUDA is asked for and absent; PatchError when a patch does not fit the installed megatron-core.
+    ConfigError when CUDA is asked for and absent, or rank 0 cannot listen; StoreError when another process writes to the store of the run;
+    PatchError when a patch does not fit the installed megatron-core.
     """
     _check_world(cfg.parallel, world)
     device = device_of(cfg, world)
@@ -37,7 +40,10 @@ def start(cfg: Config, world: World) -> Groups:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=cfg.run.deadline_s)
-    _init_process_group(world, device, timeout)
+    _keep_gloo_on_this_host(world)
+    store = open_run_store(world, cfg.run.dir, cfg.run.deadline_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     _init_parallel_state(cfg.parallel, cfg.run.deadline_s)
     megatron_rpp_patches.verify("megatron_core")  # every patch stands and does what it is for, before a model is built
     _seed(cfg.run.seed)
@@ -90,14 +96,10 @@ def _check_world(parallel: Parallel, world: World) -> None:
         raise GeometryError("virtual pipeline chunks need a pipeline", where="parallel.vpp", expected="1 where pp is 1", got=parallel.vpp)
 
 
-def _init_process_group(world: World, device: torch.device, timeout: timedelta) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if world.size == 1:
-        # no port, hence nothing that two runs on one host could fight over
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
-    address = f"tcp://{world.master_addr}:{world.master_port}"
-    dist.init_process_group(backend, init_method=address, rank=world.rank, world_size=world.size, timeout=timeout)
+def _keep_gloo_on_this_host(world: World) -> None:
+    """Where all ranks are on one host, gloo listens on the loopback interface. By itself it takes the address of the host's name."""
+    if world.is_one_host:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
 
 def _init_parallel_state(parallel: Parallel, deadline_s: float) -> None:

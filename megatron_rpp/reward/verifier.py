@@ -9,7 +9,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import astuple
@@ -19,6 +18,7 @@ from megatron_rpp.reward.base import FailureKind, RewardInput
 from megatron_rpp.reward.channel import Channel, ChannelError
 from megatron_rpp.reward.supervisor import SWEEP_S
 from megatron_rpp.reward.worker import MAX_ANSWER_BYTES
+from megatron_rpp.search_path import python_module, with_working_directory
 
 MARK = "RPP_VERIFIER"  # an environment variable whose value all processes of one verifier inherit
 _DYING_S = 5.0  # how long a verifier that has left its socket may take to end by itself
@@ -92,9 +92,9 @@ class Verifier:
             channel = Channel(ours, max_bytes=MAX_ANSWER_BYTES, one_sender=True)
             mark, fd = secrets.token_hex(16), theirs.fileno()
             settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-            settings |= {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path), MARK: mark}
+            settings |= {"PYTHONPATH": os.pathsep.join(with_working_directory()), MARK: mark}
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_rpp.reward.worker", str(fd), str(os.getpid())],
+                [*python_module("megatron_rpp.reward.worker"), str(fd), str(os.getpid())],
                 env={**os.environ, **settings},
                 pass_fds=(fd,),
                 stdin=subprocess.DEVNULL,

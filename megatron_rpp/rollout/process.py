@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -16,10 +15,13 @@ from pathlib import Path
 import psutil
 
 from megatron_rpp.errors import EngineError
+from megatron_rpp.leftovers import PrivateFolder
 from megatron_rpp.rollout.settings import FOLDER_VARIABLE, EngineSettings, environment
+from megatron_rpp.search_path import python_module
 
 TAIL_LINES = 15
 KILL_WAIT_S = 5.0
+_CLEANS_UP = "from multiprocessing.resource_tracker import main"  # on its command line
 
 
 class EngineProcess:
@@ -27,10 +29,11 @@ class EngineProcess:
 
     def __init__(self, settings: EngineSettings, log: Path) -> None:
         self.name, self.log = settings.name, log
-        self.folder = Path(tempfile.mkdtemp(prefix="rpp-"))  # mode 0700, and short: a socket's path ends at 107 characters
+        self._private = PrivateFolder()
+        self.folder = self._private.path
         log.parent.mkdir(parents=True, exist_ok=True)
         env = environment(settings, os.environ) | self._places()
-        command = [sys.executable, "-m", "megatron_rpp.rollout.server", json.dumps(asdict(settings)), str(os.getpid())]
+        command = [*python_module("megatron_rpp.rollout.server"), json.dumps(asdict(settings)), str(os.getpid())]
         with open(log, "ab") as output:
             self._popen = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         self.pid = self._popen.pid
@@ -75,24 +78,49 @@ class EngineProcess:
 
     def members(self) -> list[int]:
         """Pids of all processes of the engine's session that still run."""
-        found = []
-        for process in psutil.process_iter(["pid", "status"]):
-            try:
-                if process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == self.pid:
-                    found.append(process.pid)
-            except ProcessLookupError:
-                continue
-        return found
+        return [process.pid for process in members_of(self.pid)]
 
     def destroy(self) -> None:
         """Kill what is left of it, wait until all of it is gone, remove the folder. Safe to call again."""
-        for pid in self.members():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        kill_session(self.pid)
         self._popen.wait()
+        self._await_end()
+        for pid in self.members():
+            _kill(pid)
+        self._await_end()
+        self._private.remove()
+
+    def _await_end(self) -> None:
         limit = time.monotonic() + KILL_WAIT_S
         while self.members() and time.monotonic() < limit:
             time.sleep(0.05)
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def members_of(session: int) -> list[psutil.Process]:
+    """The processes of a session that still run."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == session:
+                found.append(process)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def kill_session(session: int) -> None:
+    """Kill every process of a session but this one, and but those of multiprocessing that clean up.
+
+    These wait until all others are gone, remove the semaphores and the shared memory that are left, and end.
+    """
+    for process in members_of(session):
+        try:
+            if process.pid != os.getpid() and _CLEANS_UP not in " ".join(process.cmdline()):
+                _kill(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

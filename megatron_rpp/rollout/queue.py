@@ -9,21 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 
-from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, HashStore, PrefixStore, Store
 
-from megatron_rpp.dist.deadline import Heartbeat, deadline
+from megatron_rpp.dist.deadline import Heartbeat
 from megatron_rpp.errors import DeadlineError, EngineError
 
 BEAT_EVERY_S = 1.0
 WAIT_EVERY_S = 0.05
-
-
-def open_store(host: str, port: int, *, is_host: bool, deadline_s: float) -> TCPStore:
-    """A store for the queue; one process hosts it, with port 0 on a free one (`store.port`). Raises: DeadlineError."""
-    with deadline("open the roll-out queue", deadline_s, waiting_for=f"the store of the first leader at {host}:{port}"):
-        return TCPStore(host, port, None, is_host, timedelta(seconds=deadline_s), wait_for_workers=False)
 
 
 class WorkQueue:
@@ -112,7 +105,7 @@ class WorkQueue:
             raise EngineError(
                 "the roll-out queue is lost",
                 where=f"leader {self.leader}, {purpose}",
-                expected="an answer of the store that the first leader hosts",
+                expected="an answer of the store of the run",
                 got=str(error).partition("\n")[0],
-                fix="the first leader has probably ended; its log has the cause",
+                fix="rank 0, or torchrun, has probably ended; its log has the cause",
             ) from error

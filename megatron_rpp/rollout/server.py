@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -24,7 +23,9 @@ import zmq
 import zmq.asyncio
 
 from megatron_rpp.errors import EngineError, RppError
+from megatron_rpp.leftovers import remove_folder
 from megatron_rpp.rollout import coverage, hook, worker
+from megatron_rpp.rollout.process import kill_session
 from megatron_rpp.rollout.settings import SOCKET_NAME, EngineSettings, model_overrides, server_args
 
 OWNER_CHECK_S = 0.5
@@ -32,7 +33,7 @@ BEAT_S = 1.0
 
 
 def die_with_owner(owner: int) -> None:
-    """Kill this whole process group as soon as the owner is gone.
+    """Kill this whole session as soon as the owner is gone, and remove what the engine has made outside of the run directory.
 
     PR_SET_PDEATHSIG alone will not do: it also fires when the thread that started us ends, and reaches no grandchild.
     """
@@ -40,8 +41,9 @@ def die_with_owner(owner: int) -> None:
     def watch() -> None:
         while os.getppid() == owner:
             time.sleep(OWNER_CHECK_S)
-        shutil.rmtree(worker.folder(), ignore_errors=True)
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+        kill_session(os.getsid(0))
+        remove_folder(worker.folder())
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="owner-watch", daemon=True).start()
 

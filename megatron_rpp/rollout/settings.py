@@ -108,6 +108,7 @@ def environment(settings: EngineSettings, env: Mapping[str, str]) -> dict[str, s
     clean = {key: value for key, value in env.items() if key not in _FOREIGN and not key.startswith(_FOREIGN_PREFIXES)}
     clean["SGLANG_PLUGINS"] = "megatron_rpp"  # other people's plugins stay out of a run's numbers
     clean.setdefault("PYTHONWARNINGS", "ignore::UserWarning")  # hundreds of lines that would hide the log's last error
+    clean["GLOO_SOCKET_IFNAME"] = "lo"  # an engine is on one host, and its workers meet there
     if settings.device == "cpu":
         cores = sorted(os.sched_getaffinity(0))
         clean["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(settings, cores)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import megatron_rpp_patches
+from megatron_rpp import leftovers
 from megatron_rpp.rollout.settings import FOLDER_VARIABLE
 
 PATCH_SET = "sglang"
@@ -21,11 +23,16 @@ PATCH_SET = "sglang"
 def install() -> None:
     """Arm the patches in this process and in all that it starts."""
     megatron_rpp_patches.apply(PATCH_SET, role="server")
+    list_shared_memory()
 
 
 def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, pp_rank: int, *rest: Any, **named: Any) -> None:
     """SGLang's scheduler process, after a report that every patch stands in it."""
     write_report("scheduler", f"tp{tp_rank}-pp{pp_rank}")
+    list_shared_memory()
+    from sglang.srt.managers.load_snapshot import shm_path_for
+
+    leftovers.list_shared(folder(), Path(shm_path_for(port_args.instance_id)).name)
     if server_args.device == "cpu":
         from megatron_rpp.rollout import cpu_attention
 
@@ -33,6 +40,17 @@ def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, p
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     run_scheduler_process(server_args, port_args, gpu_id, tp_rank, pp_rank, *rest, **named)
+
+
+def list_shared_memory() -> None:
+    """From here on, list the semaphores and segments that this process makes in the engine's folder, for whoever cleans up."""
+    register = resource_tracker.register
+
+    def list_and_register(name: str, kind: str) -> None:
+        leftovers.list_shared(folder(), f"sem.{name.lstrip('/')}" if kind == "semaphore" else name)
+        register(name, kind)
+
+    resource_tracker.register = list_and_register
 
 
 def write_report(role: str, rank: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tests.guards.source import PACKAGE, ROOT, imports, name_of, python_files, t
 
 # A module imports strictly lower layers only; modules of one layer do not import each other.
 LAYERS = (
-    ("display", "errors", "files", "host", "input_file", "signals", "types", "version"),
+    ("display", "errors", "files", "host", "input_file", "leftovers", "search_path", "signals", "types", "version"),
     ("config", "hf"),
     ("algo", "data", "dist", "reward", "stats"),
     ("mcore", "rollout", "weights"),
@@ -49,8 +49,8 @@ FENCE = {
 }
 # Parts that answer at once, or run where torch must not be: they never import it while they themselves are imported.
 WITHOUT_TORCH = ("config/", "hf/", "reward/", "observe/", "dist/world.py", "dist/hostlist.py", "data/tokenizer_file.py")
-WITHOUT_TORCH += ("__main__.py", "display.py", "doctor.py", "errors.py", "host.py", "input_file.py", "launch.py")
-WITHOUT_TORCH += ("signals.py", "version.py")
+WITHOUT_TORCH += ("__main__.py", "display.py", "doctor.py", "errors.py", "files.py", "host.py", "input_file.py", "launch.py")
+WITHOUT_TORCH += ("leftovers.py", "search_path.py", "signals.py", "version.py")
 
 
 def layer_of(part: str) -> int:

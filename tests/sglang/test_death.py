@@ -33,6 +33,11 @@ def _of_session(session: int) -> list[psutil.Process]:
     return found
 
 
+def _listed(folder: Path) -> list[Path]:
+    """What the processes of an engine have made in /dev/shm."""
+    return [Path("/dev/shm") / name for name in (folder / "shared-memory.txt").read_text().split()]
+
+
 def _wait_until_gone(session: int, limit_s: float) -> float:
     start = time.monotonic()
     while _of_session(session):
@@ -76,10 +81,13 @@ def test_a_failed_update_kills_the_engine_for_good(start_engine: Callable[..., E
         engine.score([[5, 6]])
     with pytest.raises(EngineError, match=dead), engine.update(1):
         pass
-    session = engine.info.pid
+    session, listed = engine.info.pid, _listed(engine._process.folder)
     assert _of_session(session)
     engine.close()
     assert not _of_session(session)
+    assert not engine._process.folder.exists()
+    assert listed
+    assert not [path for path in listed if path.exists()]
 
 
 OWNER = """
@@ -97,10 +105,11 @@ def test_no_process_of_an_engine_outlives_its_owner_by_ten_seconds(hf: Path, tmp
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(hf), str(tmp_path / "e.log")], stdout=subprocess.PIPE, text=True)
     session, folder, *pids = owner.stdout.readline().split()
     assert {int(pid) for pid in pids} <= {process.pid for process in _of_session(int(session))}
-    assert Path(folder).exists()
+    listed = _listed(Path(folder))
     owner.kill()
     owner.wait()
     assert _wait_until_gone(int(session), 10) < 10
+    assert not [path for path in listed if path.exists()]
     assert not any(psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE for pid in pids)
     assert not Path(folder).exists()
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_rpp.dist import store
 from megatron_rpp.errors import DeadlineError, EngineError, StaleWeightsError
 from megatron_rpp.rollout.engine import Engine
 from megatron_rpp.rollout.generate import RolloutLimits, Rollouts, assemble
 from megatron_rpp.rollout.ledger import Ledger
-from megatron_rpp.rollout.queue import WorkQueue, open_store
+from megatron_rpp.rollout.queue import WorkQueue
 from megatron_rpp.rollout.request import Request, Sampling
 from megatron_rpp.types import Prompt, Response
 from tests.sglang import tiny
@@ -96,8 +97,8 @@ def test_two_engines_share_the_work_and_give_what_one_gives(engine: Engine, seco
         monkeypatch.setattr(each, "settings", replace(each.settings, max_concurrent=2 * SAMPLES))
     prompts = _prompts(24)
     alone = assemble(prompts, _generate(_rollouts(engine), prompts), SAMPLES)
-    host = open_store("127.0.0.1", 0, is_host=True, deadline_s=10)
-    guest = open_store("127.0.0.1", host.port, is_host=False, deadline_s=10)
+    host = store.serve("127.0.0.1", 0, 10)
+    guest = store.connect("127.0.0.1", host.port, 10)
     results: dict[int, list[Response]] = {}
     first_done: list[float] = []
 
@@ -182,8 +183,8 @@ def _poll_for_ever(engine: Engine) -> None:
 
 def test_a_leader_whose_prompts_will_never_come_is_told_so_while_it_still_decodes(engine: Engine, second_engine: Engine) -> None:
     """The second leader fails on its first response; the first has work for much longer than it takes to hear of it."""
-    host = open_store("127.0.0.1", 0, is_host=True, deadline_s=10)
-    guest = open_store("127.0.0.1", host.port, is_host=False, deadline_s=10)
+    host = store.serve("127.0.0.1", 0, 10)
+    guest = store.connect("127.0.0.1", host.port, 10)
     errors: dict[int, EngineError] = {}
 
     def fail(prompt: Prompt, response: Response) -> None:

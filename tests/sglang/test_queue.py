@@ -11,14 +11,15 @@ import time
 
 import pytest
 
+from megatron_rpp.dist import store
 from megatron_rpp.errors import DeadlineError, EngineError
 from megatron_rpp.rollout import queue as queue_module
-from megatron_rpp.rollout.queue import WorkQueue, open_store
+from megatron_rpp.rollout.queue import WorkQueue
 
 
 def _pair() -> tuple[WorkQueue, WorkQueue]:
-    host = open_store("127.0.0.1", 0, is_host=True, deadline_s=10)
-    other = open_store("127.0.0.1", host.port, is_host=False, deadline_s=10)
+    host = store.serve("127.0.0.1", 0, 10)
+    other = store.connect("127.0.0.1", host.port, 10)
     return WorkQueue(host, leader=0, num_leaders=2), WorkQueue(other, leader=1, num_leaders=2)
 
 
@@ -99,13 +100,13 @@ def test_a_leader_that_gave_up_ends_the_wait_of_the_others_with_its_reason(monke
 def test_a_store_whose_host_is_gone_is_an_error_in_seconds() -> None:
     program = """
 import sys, time
-from megatron_rpp.rollout.queue import open_store
-store = open_store("127.0.0.1", 0, is_host=True, deadline_s=10)
-print(store.port, flush=True)
+from megatron_rpp.dist import store
+host = store.serve("127.0.0.1", 0, 10)
+print(host.port, flush=True)
 time.sleep(100)
 """
     host = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ)
-    queue = WorkQueue(open_store("127.0.0.1", int(host.stdout.readline()), is_host=False, deadline_s=10), leader=1, num_leaders=2)
+    queue = WorkQueue(store.connect("127.0.0.1", int(host.stdout.readline()), 10), leader=1, num_leaders=2)
     queue.open(3)
     assert queue.claim() == 0
     host.send_signal(signal.SIGKILL)
@@ -114,10 +115,3 @@ time.sleep(100)
     with pytest.raises(EngineError, match=r"leader 1, claim a prompt: the roll-out queue is lost"):
         queue.claim()
     assert time.monotonic() - start < 10
-
-
-def test_a_store_that_nobody_hosts_is_an_error_at_the_deadline() -> None:
-    start = time.monotonic()
-    with pytest.raises(DeadlineError, match="open the roll-out queue"):
-        open_store("127.0.0.1", 1, is_host=False, deadline_s=2)
-    assert time.monotonic() - start < 20

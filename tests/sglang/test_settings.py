@@ -35,6 +35,7 @@ def test_nothing_of_the_trainers_group_reaches_the_engine() -> None:
         "NCCL_SOCKET_IFNAME": "eth0",
     }
     assert env.pop("CUDA_VISIBLE_DEVICES") == "6,7", "the third and fourth of those that the trainer sees"
+    assert env.pop("GLOO_SOCKET_IFNAME") == "lo"
     assert set(env) == {"SGLANG_PLUGINS", "PYTHONWARNINGS"}
 
 

@@ -34,17 +34,17 @@ def test_without_a_launcher_the_process_is_alone() -> None:
 
 
 def test_torchruns_variables_are_read() -> None:
-    assert World.from_env(TORCHRUN) == World(5, 8, 1, 4, 2, "10.0.0.1", 29500, "torchrun")
+    assert World.from_env(TORCHRUN) == World(5, 8, 1, 4, 2, "10.0.0.1", 29500, "torchrun", is_one_host=False)
 
 
 def test_one_host_is_assumed_when_only_the_classic_variables_are_set() -> None:
     env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
-    assert World.from_env(env) == World(1, 2, 1, 2, 1, "localhost", 1234, "torchrun")
+    assert World.from_env(env) == World(1, 2, 1, 2, 1, "127.0.0.1", 1234, "torchrun")
 
 
 def test_a_slurm_steps_variables_are_read() -> None:
     """16 * 4711 + 2 = 75378 = 6 * 12000 + 3378."""
-    assert World.from_env(SLURM) == World(5, 8, 1, 4, 2, "gpu003", 23378, "slurm")
+    assert World.from_env(SLURM) == World(5, 8, 1, 4, 2, "gpu003", 23378, "slurm", is_one_host=False)
 
 
 def test_a_port_and_an_address_that_the_user_set_win_over_the_derived_ones() -> None:
@@ -127,3 +127,17 @@ def test_half_set_or_contradictory_variables_are_one_clear_error(env: dict[str, 
     with pytest.raises(ConfigError) as caught:
         World.from_env(env)
     assert message in str(caught.value)
+
+
+def test_ranks_on_one_host_meet_on_the_loopback_interface_unless_torchruns_agent_hosts_the_store() -> None:
+    one_host = TORCHRUN | {"WORLD_SIZE": "4", "RANK": "1", "GROUP_WORLD_SIZE": "1"}
+    world = World.from_env(one_host)
+    assert (world.master_addr, world.is_one_host, world.has_agent_store) == ("127.0.0.1", True, False)
+    world = World.from_env(one_host | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert (world.master_addr, world.is_one_host, world.has_agent_store) == ("10.0.0.1", True, True)
+    unknown = {name: value for name, value in one_host.items() if name not in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")}
+    world = World.from_env(unknown)
+    assert (world.master_addr, world.is_one_host) == ("10.0.0.1", False)
+    step = SLURM | {"SLURM_STEP_NODELIST": "gpu003", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_TASKS_PER_NODE": "4"}
+    world = World.from_env(step | {"MASTER_ADDR": "gpu003"})
+    assert (world.master_addr, world.is_one_host) == ("127.0.0.1", True)

@@ -96,7 +96,8 @@ def launcher(tmp_path: Path):
     """A launcher process with two waiting ranks, and their process ids."""
     notes = tmp_path / "notes"
     notes.mkdir()
-    env = {**os.environ, "NOTES": str(notes), "PYTHONPATH": str(ROOT)}
+    (tmp_path / "tmp").mkdir()
+    env = {**os.environ, "NOTES": str(notes), "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
     command = [sys.executable, "-c", LAUNCHER, RANK, str(tmp_path / "logs")]
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
@@ -134,10 +135,13 @@ def test_a_signal_to_stop_ends_all_ranks(launcher, number: signal.Signals, code:
     assert not any(is_running(pid) for pid in pids(notes))
 
 
-def test_no_rank_outlives_a_launcher_that_was_killed(launcher) -> None:
+def test_no_rank_and_no_folder_outlives_a_launcher_that_was_killed(launcher) -> None:
     process, notes = launcher
+    folders = list(notes.parent.glob("tmp/rpp-*"))
+    assert len(folders) == 1
     process.kill()
     eventually(lambda: not any(is_running(pid) for pid in pids(notes)), "end of the ranks")
+    eventually(lambda: not folders[0].exists(), "end of the launcher's folder")
 
 
 def test_the_signal_to_save_reaches_every_rank_and_ends_none(launcher) -> None:
