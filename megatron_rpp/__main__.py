@@ -16,7 +16,9 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
+from megatron_rpp import launch
 from megatron_rpp.config.correction import describe
 from megatron_rpp.config.geometry import num_ranks
 from megatron_rpp.config.load import load_with_lines
@@ -25,6 +27,7 @@ from megatron_rpp.config.schema import Config
 from megatron_rpp.config.validate import Checked, validate
 from megatron_rpp.data.tokenizer_file import preview_tokenizer
 from megatron_rpp.display import printable, printable_lines
+from megatron_rpp.dist import leaving, watch
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import RppError
 from megatron_rpp.files import refuse_unusable, storage_errors_named
@@ -116,41 +119,28 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     if world.rank == 0 and options.report is None:
         _print_warnings(checked.warnings)
     if world.launcher == "single" and num_ranks(cfg) > 1:
-        from megatron_rpp import launch
-
-        return launch.run_ranks(
-            [*python_module("megatron_rpp"), *arguments], num_ranks(cfg), log_dir=cfg.run.dir / "logs", is_cpu=_is_cpu(cfg)
-        )
-    return _run_as_rank(options, cfg, world)
+        command, log_dir = [*python_module("megatron_rpp"), *arguments], cfg.run.dir / "logs"
+        return launch.run_ranks(command, num_ranks(cfg), log_dir=log_dir, is_cpu=_is_cpu(cfg), silence_s=cfg.run.deadline_s)
+    _run_as_rank(options, cfg, world)
 
 
-def _run_as_rank(options: argparse.Namespace, cfg: Config, world: World) -> int:
+def _run_as_rank(options: argparse.Namespace, cfg: Config, world: World) -> NoReturn:
+    """Does not return: a rank ends by `leaving.leave`, because an ordinary exit waits for threads that wait for dead peers."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that engines and workers are closed in order
+    if options.report is None:
+        leaving.print_errors(world.rank, options.command)
+    else:
+        leaving.report_to(options.report)
+    watch.start(world.rank, cfg.run.deadline_s, None if options.report is None else launch.beat_file(options.report))
     if _is_cpu(cfg):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the patches and SGLang ask it whether there is a GPU
+    code = 0
     try:
         with _own_log(options, cfg, world), storage_errors_named():
             _command(options.command)(cfg)
-        return 0
-    except RppError as error:
-        if options.report is not None:
-            _report(options.report, error)
-        elif world.rank == 0:
-            raise
-        else:  # as a rule rank 0 has the same error and says the whole of it
-            print(printable_lines(f"rank {world.rank}: {error.what}", indent=4), file=sys.stderr)
-        return error.exit_code
-    except BaseException as error:
-        if options.report is None:
-            raise
-        _report(options.report, error)
-        return 130 if isinstance(error, KeyboardInterrupt) else error.code if isinstance(error, SystemExit) else 1
-
-
-def _report(path: Path, error: BaseException) -> None:
-    from megatron_rpp import launch
-
-    launch.write_report(path, error)
+    except BaseException as error:  # noqa: BLE001 -- `tell` reports it, and there is nobody above who could
+        code = leaving.tell(error)
+    leaving.leave(code)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from megatron_rpp.config.ranges import MAX_SECONDS
 from megatron_rpp.config.schema import Config
+from megatron_rpp.dist.activity import doing
 from megatron_rpp.dist.agreement import raise_together
 from megatron_rpp.dist.collectives import gather_objects
 from megatron_rpp.dist.groups import Groups
@@ -53,6 +54,7 @@ class Collector:
         Raises: EngineError, StaleWeightsError, DeadlineError; on every rank when it happens on one.
         """
         cfg, error = self.cfg, None
+        what = name or f"step {step}"
         num_asked = len(prompts) * (num_samples + with_greedy)
         verdicts_s = cfg.reward.timeout_s * -(-num_asked // cfg.reward.num_workers) + cfg.run.deadline_s  # were each to need its limit
         verdicts_s = min(verdicts_s, MAX_SECONDS)
@@ -60,20 +62,23 @@ class Collector:
         if self.pool is not None:
             work = _Scoring(self.pool, num_asked, progress)
             try:
-                self.rollouts.generate(
-                    prompts,
-                    step=step,
-                    version=version,
-                    samples_per_prompt=num_samples,
-                    sampling=sampling,
-                    with_greedy=with_greedy,
-                    name=name,
-                    on_response=work.add,
-                )
-                mine = work.finish(verdicts_s)
+                with doing(f"sampling {what}"):
+                    self.rollouts.generate(
+                        prompts,
+                        step=step,
+                        version=version,
+                        samples_per_prompt=num_samples,
+                        sampling=sampling,
+                        with_greedy=with_greedy,
+                        name=name,
+                        on_response=work.add,
+                    )
+                with doing(f"scoring {what}"):
+                    mine = work.finish(verdicts_s)
             except RppError as raised:
                 error = raised
-        # A rank without an engine is here at once, and waits for the slowest leader.
+        # A rank without an engine is here at once, and waits for the slowest leader. A leader that falls silent is found by its
+        # heartbeat, within run.deadline_s; this is the limit of one that works.
         longest_s = cfg.rollout.deadline_s + verdicts_s + cfg.run.deadline_s
         raise_together(error, groups=self.groups, what=f"roll-out {name or step}", deadline_s=longest_s)
         shares = gather_objects(mine, self.groups.world_cpu, name=f"responses of roll-out {name or step}", deadline_s=cfg.run.deadline_s)

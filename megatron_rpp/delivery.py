@@ -70,7 +70,8 @@ class GatherPath:
 
     def send(self, version: int) -> None:
         with ExitStack() as update:
-            load = _begin(update, self._engine, lambda engine: engine.update(version), self._live, self._deadline_s)
+            engine_s = ENGINE_SHARE * self._deadline_s  # as in DirectPath
+            load = _begin(update, self._engine, lambda engine: engine.update(version, deadline_s=engine_s), self._live, self._deadline_s)
             error: RppError | None = None
             for bucket in iter_hf_tensors(self._live, self._leaders, bucket_bytes=self._bucket_bytes, deadline_s=self._deadline_s):
                 # Every rank walks all buckets, whatever fails on a leader: the exchange is collective.

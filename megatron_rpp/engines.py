@@ -11,9 +11,11 @@ import torch
 
 from megatron_rpp import engine_dir
 from megatron_rpp.config.schema import Config
-from megatron_rpp.delivery import DirectPath, GatherPath, WeightPath
+from megatron_rpp.delivery import ENGINE_SHARE, DirectPath, GatherPath, WeightPath
+from megatron_rpp.dist import leaving
 from megatron_rpp.dist.collectives import gather_objects
 from megatron_rpp.dist.groups import host_group
+from megatron_rpp.dist.heartbeat import reported
 from megatron_rpp.dist.layout import EngineGroup, engine_group, engine_groups, num_engines
 from megatron_rpp.dist.store import run_store
 from megatron_rpp.errors import ConfigError, RppError
@@ -71,9 +73,12 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
 
         def start() -> None:
             settings = engine_settings(cfg, process, mine, places, max_sequence_tokens=max_sequence_tokens, reads_weights=reads_weights)
-            parts["engine"] = stack.enter_context(Engine.launch(settings, log=process.dir.logs / f"engine-{mine.index}.log"))
+            log = process.dir.logs / f"engine-{mine.index}.log"
+            parts["engine"] = stack.enter_context(Engine.launch(settings, log=log, deadline_s=ENGINE_SHARE * process.deadline_s))
+            stack.enter_context(leaving.tidied(parts["engine"].kill))
             pool = RewardPool(cfg.reward.name, cfg.reward.timeout_s, cfg.reward.num_workers, failed_score=cfg.reward.failed_score)
             parts["pool"] = stack.enter_context(pool)
+            stack.enter_context(leaving.tidied(pool.close))
             if not reads_weights:  # a directory's weights may change under its name, and what others wrote must not count as theirs
                 vocab_size = read_model(cfg.model.hf).vocab_size
                 folder = process.dir.path / "ledger" / process.digest
@@ -83,7 +88,8 @@ def open_engines(process: Process, detokenise: Detokenise, *, max_sequence_token
         queue = _open_queue(process, len(all_groups), mine.index if leads else None)
         limits = RolloutLimits(total_s=cfg.rollout.deadline_s, quiet_s=cfg.run.deadline_s)
         rollouts = Rollouts(parts.get("engine"), queue, seed=cfg.run.seed, detokenise=detokenise, ledger=parts.get("ledger"), limits=limits)
-        yield Sampler(rollouts, parts.get("engine"), parts.get("pool"), all_groups, places)
+        with reported(groups.rank):
+            yield Sampler(rollouts, parts.get("engine"), parts.get("pool"), all_groups, places)
 
 
 def await_engines(process: Process, sampler: Sampler, *, version: int | None = None) -> None:

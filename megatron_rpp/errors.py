@@ -19,6 +19,7 @@ class RppError(Exception):
     """
 
     exit_code = 1
+    origin: int | None = None  # the rank that met it, where another rank raises it as well
 
     def __init__(
         self,

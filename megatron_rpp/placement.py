@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from megatron_rpp.delivery import WeightPath
+from megatron_rpp.dist.activity import doing
 from megatron_rpp.dist.agreement import Failure, attempt, raise_together, share_errors
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.errors import RppError, StaleWeightsError
@@ -53,7 +54,8 @@ class Colocated:
         assert self._phase == "idle", f"{phase} entered inside {self._phase}"
         self._phase = phase
         try:
-            yield
+            with doing(phase):
+                yield
         finally:
             self._phase = "idle"
 

@@ -14,11 +14,14 @@ import torch
 import megatron_rpp_patches
 from megatron_rpp.config.load import dump, load
 from megatron_rpp.config.schema import Config
+from megatron_rpp.dist import leaving
+from megatron_rpp.dist.activity import doing
 from megatron_rpp.dist.agreement import raise_together
-from megatron_rpp.dist.collectives import broadcast_object, gather_objects
+from megatron_rpp.dist.collectives import barrier, broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
+from megatron_rpp.dist.heartbeat import watching_peers
 from megatron_rpp.dist.world import World
-from megatron_rpp.errors import CheckpointError, ConfigError, PatchError, RppError
+from megatron_rpp.errors import CheckpointError, ConfigError, DeadlineError, PatchError, RppError
 from megatron_rpp.files import storage_error
 from megatron_rpp.mcore import init
 from megatron_rpp.mcore.critic import Critic
@@ -71,7 +74,8 @@ class Process:
         error: RppError | None = None
         if here:
             try:
-                call()
+                with doing(what):
+                    call()
             except RppError as raised:
                 error = raised
             except OSError as raised:
@@ -90,8 +94,10 @@ def open_process(cfg: Config, command: Literal["train", "sft", "eval"]) -> Itera
     """
     with ExitStack() as stack:
         world = World.from_env()
-        groups = init.start(cfg, world)
-        stack.callback(init.stop)
+        with doing("join the run"):
+            groups = init.start(cfg, world)
+        stack.push(_close_groups)
+        stack.enter_context(watching_peers(groups.rank, groups.size, deadline_s=cfg.run.deadline_s))
         directory = RunDir(cfg.run.dir if command == "train" else cfg.run.dir / f"rpp-{command}")
         error, step = None, 0
         if groups.rank == 0:
@@ -111,6 +117,14 @@ def open_process(cfg: Config, command: Literal["train", "sft", "eval"]) -> Itera
         record_patches(process)
         process.together("compare tied heads with embeddings", lambda: _check_tied_heads(cfg, command), here=process.is_first)
         yield process
+        barrier(groups.world_cpu, name="the end of the run", deadline_s=cfg.run.deadline_s)
+        leaving.finish()
+
+
+def _close_groups(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    """Not after a wait that failed, or an error that the peers do not share: closing a group waits for peers, as long as it takes."""
+    if kind is None or (isinstance(error, RppError) and not isinstance(error, DeadlineError)):
+        init.stop()
 
 
 def _warn_of_strays(process: Process) -> None:

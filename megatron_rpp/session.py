@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -16,6 +15,7 @@ from megatron_rpp.algo.mismatch import Mismatch, mismatch, summarise
 from megatron_rpp.collect import Collector
 from megatron_rpp.config.schema import Algo, Config
 from megatron_rpp.credit import Credit, Credited, truncation_warning
+from megatron_rpp.dist.activity import doing
 from megatron_rpp.dist.collectives import all_gather, barrier, gather_objects, sum_float64
 from megatron_rpp.draw import Drawn, draw
 from megatron_rpp.engines import Sampler, await_engines, open_engines, open_path, record_engines
@@ -24,6 +24,7 @@ from megatron_rpp.heldout import evaluate, held_out_sampling
 from megatron_rpp.inputs import Inputs, held_out_limit, many_truncated_warning, read_inputs
 from megatron_rpp.mcore.critic import Critic
 from megatron_rpp.mcore.policy import Policy
+from megatron_rpp.observe.clock import StepClock
 from megatron_rpp.observe.rollout import rollout_metrics
 from megatron_rpp.placement import Colocated
 from megatron_rpp.process import Process, open_critic, open_policy, open_process
@@ -37,30 +38,6 @@ DEFAULT_ALARM = {"float32": 1e-3, "bfloat16": 0.1}
 # With the engine's matrices and their inputs in block FP8, whatever the rest is in: 0.01 to 0.05 in small models, 0.1 to 0.15 where
 # others publish a KL of 0.006 to 0.011 (half of the mean square); with keys and values of one layer swapped, 0.6 and more.
 FP8_ALARM = 0.3
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds of each phase of the step under way: `with clock("update"): ...`."""
-
-    spent: dict[str, float] = field(default_factory=dict)
-    _start: float = field(default_factory=time.monotonic)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            name = f"{phase}_s"
-            self.spent[name] = self.spent.get(name, 0.0) + time.monotonic() - start
-
-    def take(self) -> dict[str, float]:
-        """The phases since the last call, and the whole as step_s."""
-        now = time.monotonic()
-        spent, self.spent = {**self.spent, "step_s": now - self._start}, {}
-        self._start = now
-        return spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +68,7 @@ class Session:
         if cfg.stats.wire == "fp8":
             self.log.say(f"        statistics: FP8 travels as {'float8_e4m3fn' if self.credit.sends_float8 else 'bytes'}")
         self.algo = first_algo(cfg)  # that of the next step: a KL coefficient may move
-        self.clock = Clock()
+        self.clock = StepClock()
         self.dp_rank, self.dp_size = self.groups.coords.dp, self.groups.dp_size
         self._sampling = Sampling(
             max_tokens=cfg.rollout.max_response_tokens,
@@ -318,7 +295,7 @@ class Session:
         is_done = gather_objects(self.log.has("eval", step), self.groups.world_cpu, name="evaluated?", deadline_s=self.process.deadline_s)
         if self._held_out is None or is_done[0]:
             return
-        clock = Clock()
+        clock = StepClock()
         with self.place.rollout():
             result = evaluate(
                 self._collector,
@@ -359,7 +336,8 @@ class Session:
             begin_save(root, step)
 
         self.process.together("begin a checkpoint", begin, here=self.process.is_first)
-        self.policy.save(partial_dir(root, step) / "policy")
+        with doing("save"):
+            self.policy.save(partial_dir(root, step) / "policy")
         if self.critic is not None:
             self.critic.save(partial_dir(root, step) / "critic")
         barrier(self.groups.world_cpu, name="all ranks have written the checkpoint", deadline_s=deadline_s)

@@ -33,7 +33,7 @@ class Run:
     seed: int = 0
     steps: int = 100  # outer steps: one roll-out and its updates
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    deadline_s: float = 900.0  # longest wait for any peer, engine or collective
+    deadline_s: float = 900.0  # longest wait for any peer, engine or collective, and longest silence of a rank
     resume: Literal["auto", "never", "must"] = "auto"  # auto: continue when the directory holds a checkpoint
     max_empty_steps: int = 5  # the run stops after so many steps in a row that leave no token to learn from
 

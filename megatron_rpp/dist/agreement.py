@@ -22,7 +22,9 @@ class Failure:
     def as_error(self, what: str) -> RppError:
         """The error to raise on the other ranks."""
         kind = getattr(megatron_rpp.errors, self.kind, EngineError)
-        return kind(f"{what} failed on rank {self.rank}: {self.message}", fix=f"see logs/rank-{self.rank}.log in the run directory")
+        error = kind(f"{what} failed on rank {self.rank}: {self.message}", fix=f"see logs/rank-{self.rank}.log in the run directory")
+        error.origin = self.rank
+        return error
 
 
 def share_errors(error: RppError | None, *, groups: Groups, what: str, deadline_s: float) -> tuple[Failure, ...]:

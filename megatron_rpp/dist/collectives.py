@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rpp.dist.deadline import Deadline, Heartbeat, deadline
+from megatron_rpp.dist.deadline import Deadline, deadline
 from megatron_rpp.dist.groups import ranks_of
 
 DEFAULT_DEADLINE_S = 900.0
@@ -31,7 +31,7 @@ def all_gather(values: Tensor, group: ProcessGroup, *, name: str = "gather", dea
     """
     mine = values.detach().to(_wire_device(values, group)).contiguous()
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    with _named_wait(name, deadline_s, group, None) as wait:
+    with _named_wait(name, deadline_s, group) as wait:
         _finish(dist.all_gather(gathered, mine, group=group, async_op=True), wait)
     return [part.to(values.device) for part in gathered]
 
@@ -67,7 +67,6 @@ def gather_objects(
     *,
     name: str = "gather objects",
     deadline_s: float = DEFAULT_DEADLINE_S,
-    heartbeat: Heartbeat | None = None,
 ) -> list[Any]:
     """What every rank passed, in rank order, on every rank. The group must be one that takes host tensors (gloo).
 
@@ -75,7 +74,7 @@ def gather_objects(
     Raises: DeadlineError when a peer does not come.
     """
     payload = _pack(value)
-    with _named_wait(name, deadline_s, group, heartbeat) as wait:
+    with _named_wait(name, deadline_s, group) as wait:
         lengths = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
         _finish(dist.all_gather(lengths, torch.tensor([payload.numel()]), group=group, async_op=True), wait)
         longest = max(int(length) for length in lengths)
@@ -93,7 +92,6 @@ def broadcast_object(
     src: int = 0,
     name: str = "broadcast an object",
     deadline_s: float = DEFAULT_DEADLINE_S,
-    heartbeat: Heartbeat | None = None,
 ) -> Any:
     """What the group's rank `src` passed, on every rank; what the others pass is ignored. For gloo groups.
 
@@ -102,7 +100,7 @@ def broadcast_object(
     """
     is_source = dist.get_rank(group) == src
     payload = _pack(value) if is_source else torch.empty(0, dtype=torch.uint8)
-    with _named_wait(name, deadline_s, group, heartbeat) as wait:
+    with _named_wait(name, deadline_s, group) as wait:
         length = torch.tensor([payload.numel()])
         _finish(dist.broadcast(length, group_src=src, group=group, async_op=True), wait)
         if not is_source:
@@ -111,26 +109,20 @@ def broadcast_object(
     return value if is_source else _unpack(payload)
 
 
-def barrier(
-    group: ProcessGroup,
-    *,
-    name: str,
-    deadline_s: float = DEFAULT_DEADLINE_S,
-    heartbeat: Heartbeat | None = None,
-) -> None:
+def barrier(group: ProcessGroup, *, name: str, deadline_s: float = DEFAULT_DEADLINE_S) -> None:
     """Returns once every rank of a gloo group is here.
 
     Raises: DeadlineError when a peer does not come.
     """
-    with _named_wait(name, deadline_s, group, heartbeat) as wait:
+    with _named_wait(name, deadline_s, group) as wait:
         _finish(dist.all_reduce(torch.zeros(1), group=group, async_op=True), wait)
 
 
-def _named_wait(name: str, deadline_s: float, group: ProcessGroup, heartbeat: Heartbeat | None) -> Any:
+def _named_wait(name: str, deadline_s: float, group: ProcessGroup) -> Any:
     ranks = ranks_of(group)
     peers = tuple(rank for rank in ranks if rank != dist.get_rank())
     waiting_for = f"ranks {', '.join(map(str, ranks))} to take part"
-    return deadline(name, deadline_s, rank=dist.get_rank(), waiting_for=waiting_for, heartbeat=heartbeat, peers=peers)
+    return deadline(name, deadline_s, rank=dist.get_rank(), waiting_for=waiting_for, peers=peers)
 
 
 def _wire_device(values: Tensor, group: ProcessGroup) -> torch.device:

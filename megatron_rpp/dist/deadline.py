@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch.distributed import Store
+import torch.distributed as dist
 
+from megatron_rpp.dist.activity import current, doing
 from megatron_rpp.errors import DeadlineError
 
 # What torch's stores and process groups say when one of their own waits ran out, or when the peer on the other side went
@@ -18,39 +19,14 @@ _TIMED_OUT = re.compile(r"timed? ?out|timeout|waited \d+ ?ms", re.IGNORECASE)
 _PEER_LEFT = re.compile(r"connection (closed|reset|refused)|broken pipe|socket closed", re.IGNORECASE)
 
 
-class Heartbeat:
-    """The last sign of life of each process, in a torch store, so that a wait that ends badly can say who went quiet where.
+# What peers were last seen to do; set while this rank watches them (`watch_peers`).
+_describe_peers: Callable[[tuple[int, ...]], str] | None = None
 
-    Beats are stamped with the wall clock of the process that beats; an age is therefore as exact as the hosts' clocks.
-    Units: ages in seconds.
-    """
 
-    def __init__(self, store: Store, rank: int) -> None:
-        self._store = store
-        self.rank = rank
-
-    def beat(self, phase: str) -> None:
-        """Says that this process has just entered `phase`."""
-        self._store.set(self._key(self.rank), f"{time.time()!r} {phase}")
-
-    def last(self, rank: int) -> tuple[float, str] | None:
-        """(age in seconds, phase) of a peer's last beat; None when it never beat."""
-        if not self._store.check([self._key(rank)]):
-            return None
-        stamp, phase = self._store.get(self._key(rank)).decode().split(" ", 1)
-        return time.time() - float(stamp), phase
-
-    def describe(self, ranks: tuple[int, ...]) -> str:
-        """One phrase for each rank, for an error message."""
-        phrases = []
-        for rank in ranks:
-            seen = self.last(rank)
-            phrases.append(f"rank {rank} never beat" if seen is None else f"rank {rank} in '{seen[1]}' {seen[0]:.1f} s ago")
-        return "; ".join(phrases)
-
-    @staticmethod
-    def _key(rank: int) -> str:
-        return f"heartbeat/{rank}"
+def watch_peers(describe: Callable[[tuple[int, ...]], str] | None) -> None:
+    """From here on the errors of waits for peers say what `describe(ranks)` says of them; None: nothing. It must not wait."""
+    global _describe_peers
+    _describe_peers = describe
 
 
 @dataclass(slots=True)
@@ -64,7 +40,6 @@ class Deadline:
     limit_s: float
     rank: int | None = None
     waiting_for: str | None = None
-    heartbeat: Heartbeat | None = None
     peers: tuple[int, ...] = ()
     _start: float = field(default_factory=time.monotonic)
 
@@ -95,8 +70,8 @@ class Deadline:
         """The error of this wait, built when it is needed: who waited, for what, how long, and who was last seen where."""
         who = "this process" if self.rank is None else f"rank {self.rank}"
         got = f"{'a connection that broke' if lost_peer else 'nothing'} after {self.elapsed_s:.1f} s"
-        if self.heartbeat is not None and self.peers:
-            got += f"; last signs of life: {self.heartbeat.describe(self.peers)}"
+        if self.peers and _describe_peers is not None and (seen := _describe_peers(self.peers)):
+            got += f"; last seen: {seen}"
         return DeadlineError(
             f"{who} lost a peer it waited for" if lost_peer else f"{who} waited longer than {self.limit_s:g} s",
             where=f"wait '{self.name}'",
@@ -113,21 +88,24 @@ def deadline(
     *,
     rank: int | None = None,
     waiting_for: str | None = None,
-    heartbeat: Heartbeat | None = None,
     peers: tuple[int, ...] = (),
+    is_work: bool = False,
 ) -> Iterator[Deadline]:
     """Names a wait and bounds it: `with deadline("gather groups", 60) as wait: work.wait(timedelta(seconds=wait.remaining_s))`.
 
     It cannot interrupt a call that takes no timeout of its own: hand `wait.remaining_s` to whatever blocks, or use
-    `wait.poll`. Errors of a timeout that leave the block (TimeoutError, and those of torch's stores and groups, which are
+    `wait.poll`. In a rank of a run the watch (watch.py) ends the process if such a call does not return. Errors of a timeout that leave the block (TimeoutError, and those of torch's stores and groups, which are
     plain RuntimeErrors) become a DeadlineError with this wait's name; so does a peer's vanishing after its own wait ran out.
 
+    is_work: the block works, and waits for peers inside that work. limit_s then bounds each of those waits, by the timeout of the
+    process group, and not the block, which may take longer.
     Units: limit_s in seconds.
     Raises: DeadlineError.
     """
-    wait = Deadline(name, limit_s, rank, waiting_for, heartbeat, peers)
+    wait = Deadline(name, limit_s, rank, waiting_for, peers)
     try:
-        yield wait
+        with doing(name) if is_work else doing(f"wait '{name}'", limit_s):
+            yield wait
     except TimeoutError as error:
         raise wait.error() from error
     except RuntimeError as error:
@@ -136,3 +114,21 @@ def deadline(
         if _PEER_LEFT.search(str(error)):
             raise wait.error(lost_peer=True) from error
         raise
+
+
+def as_lost_peer(error: BaseException, rank: int) -> DeadlineError | None:
+    """What an error of a collective that has no named wait means: Megatron's own time out, or break when a peer leaves.
+
+    Returns: None for an error of another kind.
+    """
+    is_timeout, is_lost = (isinstance(error, RuntimeError) and pattern.search(str(error)) for pattern in (_TIMED_OUT, _PEER_LEFT))
+    if isinstance(error, DeadlineError) or not (is_timeout or is_lost):
+        return None
+    everyone = tuple(range(dist.get_world_size())) if dist.is_initialized() else ()
+    seen = _describe_peers(tuple(peer for peer in everyone if peer != rank)) if _describe_peers is not None else ""
+    return DeadlineError(
+        f"rank {rank} lost a peer in a collective" if is_lost else f"rank {rank} waited too long for a peer in a collective",
+        where=current()[0],
+        got=str(error).strip().splitlines()[0] + (f"; last seen: {seen}" if seen else ""),
+        fix="look at the first error in the logs of the other ranks; raise run.deadline_s only if the work is really that slow",
+    )

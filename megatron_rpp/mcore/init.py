@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 import megatron_rpp_patches
 from megatron_rpp.config.schema import Config, Parallel
+from megatron_rpp.dist.deadline import deadline
 from megatron_rpp.dist.groups import UNBOUNDED, Groups
 from megatron_rpp.dist.layout import ExpertCoords, coords_of, expert_coords_of, world_size_of
 from megatron_rpp.dist.store import open_run_store
@@ -31,7 +32,7 @@ def start(cfg: Config, world: World) -> Groups:
     `run.deadline_s`), Megatron's parallel state, seeds.
     Raises: GeometryError when tp x cp x dp x pp is not the number of processes, or ep x etp does not divide those of a stage;
     ConfigError when CUDA is asked for and absent, or rank 0 cannot listen; StoreError when another process writes to the store of the run;
-    PatchError when a patch does not fit the installed megatron-core.
+    PatchError when a patch does not fit the installed megatron-core; DeadlineError when a rank does not come.
     """
     _check_world(cfg.parallel, world)
     device = device_of(cfg, world)
@@ -41,9 +42,11 @@ def start(cfg: Config, world: World) -> Groups:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=cfg.run.deadline_s)
     _keep_gloo_on_this_host(world)
-    store = open_run_store(world, cfg.run.dir, cfg.run.deadline_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    store = open_run_store(world, cfg.run.dir, cfg.run.deadline_s)
+    waiting_for = f"the addresses of {world.size} ranks in the store of the run"
+    with deadline("join the run", cfg.run.deadline_s, rank=world.rank, waiting_for=waiting_for):
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     _init_parallel_state(cfg.parallel, cfg.run.deadline_s)
     megatron_rpp_patches.verify("megatron_core")  # every patch stands and does what it is for, before a model is built
     _seed(cfg.run.seed)

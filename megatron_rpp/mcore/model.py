@@ -240,7 +240,10 @@ class MegatronModel:
 
     def _wait(self, name: str) -> AbstractContextManager:
         """Names the waits inside Megatron, which have the process groups' own deadline but no name."""
-        return deadline(name, self._deadline_s, rank=self.groups.rank, waiting_for="the other ranks of the model")
+        rank = self.groups.rank
+        peers = tuple(peer for peer in range(self.groups.size) if peer != rank)
+        waiting_for = "the other ranks of the model"
+        return deadline(name, self._deadline_s, rank=rank, waiting_for=waiting_for, peers=peers, is_work=True)
 
     def _set_training(self, is_training: bool) -> None:
         for chunk in self.chunks:

@@ -56,8 +56,9 @@ class Beat:
 class Engine:
     """A running engine. Made by `Engine.start`; `close` it, or use it in a `with`."""
 
-    def __init__(self, settings: EngineSettings, log: Path) -> None:
-        self.settings, self.name, self._log = settings, settings.name, log
+    def __init__(self, settings: EngineSettings, log: Path, deadline_s: float = UPDATE_S) -> None:
+        """deadline_s: longest wait for any answer of the running engine. Units: seconds."""
+        self.settings, self.name, self._log, self._deadline_s = settings, settings.name, log, deadline_s
         self._launch()
 
     def _launch(self) -> None:
@@ -96,9 +97,12 @@ class Engine:
         return engine
 
     @classmethod
-    def launch(cls, settings: EngineSettings, *, log: Path) -> Engine:
-        """Start an engine's process and return while it loads; only `await_ready` and `close` may follow."""
-        return cls(settings, log)
+    def launch(cls, settings: EngineSettings, *, log: Path, deadline_s: float = UPDATE_S) -> Engine:
+        """Start an engine's process and return while it loads; only `await_ready` and `close` may follow.
+
+        deadline_s: longest wait for any answer of the running engine, and for a starting one that is stopped. Units: seconds.
+        """
+        return cls(settings, log, deadline_s)
 
     def await_ready(self, deadline_s: float, *, version: int | None = None, on_progress: Callable[[str], None] = lambda line: None) -> None:
         """Wait until the engine serves; the deadline counts from its launch. It is ended when it does not.
@@ -137,6 +141,7 @@ class Engine:
                 )
             message = self._receive(min(POLL_S, deadline_s))
             if message is None:
+                self._check_not_stopped(phase)
                 continue
             if message["event"] == "ready":
                 return
@@ -144,6 +149,18 @@ class Engine:
                 raise EngineError(f"the engine refused to serve: {message['error']}", where=self.name, got=self._process.tail())
             phase = message["phase"]
             on_progress(f"{self.name}: {phase} ({elapsed_s:.1f} s)")
+
+    def _check_not_stopped(self, phase: str) -> None:
+        """A starting engine says little, for as long as it loads. But one that is stopped never goes on. Raises: DeadlineError."""
+        stopped_s = self._process.stopped_s()
+        if stopped_s > self._deadline_s:
+            raise DeadlineError(
+                f"the engine's process has been stopped for {stopped_s:.0f} s",
+                where=f"start of {self.name}, {phase}",
+                expected="a process that runs",
+                got=f"process {self._process.pid} is {self._process.state}",
+                fix="somebody sent it SIGSTOP, or a debugger holds it; start the run again",
+            )
 
     def submit(self, requests: Sequence[Request], *, version: int) -> None:
         """Start sampling; the completions come out of `poll`.
@@ -206,8 +223,16 @@ class Engine:
             f"{self.name} made no progress for {limit_s:g} s",
             where=where,
             expected=f"responses to {named}",
-            got=f"{self.describe_beat()}; {self._process.tail()}",
+            got=f"process {self._process.pid} is {self._process.state}; {self.describe_beat()}; {self._process.tail()}",
             fix="raise run.deadline_s if single responses really take that long",
+        )
+
+    def _unanswered(self, op: str, limit_s: float) -> DeadlineError:
+        return DeadlineError(
+            f"{self.name} has not answered for {limit_s:g} s",
+            where=op,
+            got=f"process {self._process.pid} is {self._process.state}; {self._process.tail()}",
+            fix="look at that process and its log; raise run.deadline_s if this really takes so long",
         )
 
     def describe_beat(self) -> str:
@@ -304,6 +329,10 @@ class Engine:
         self._socket.close()
         self._outbox.close()
 
+    def kill(self) -> None:
+        """End the engine's processes. Safe to call from any thread; the client itself is of no use afterwards."""
+        self._process.destroy()
+
     def __enter__(self) -> Engine:
         return self
 
@@ -316,11 +345,12 @@ class Engine:
         self._ids += 1
         request_id = self._ids
         self._socket.send_string(json.dumps({"id": request_id, "op": op, "args": args}))
+        deadline_s = min(deadline_s, self._deadline_s)
         limit = time.monotonic() + deadline_s
         while request_id not in self._replies:
             if time.monotonic() > limit:
                 self._dead = f"no answer to {op}"
-                raise self.stalled(op, deadline_s)
+                raise self._unanswered(op, deadline_s)
             self._dispatch(self._receive(POLL_S))
         reply = self._replies.pop(request_id)
         if "error" in reply:

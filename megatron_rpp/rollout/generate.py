@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from megatron_rpp.dist.activity import doing
 from megatron_rpp.errors import DeadlineError, EngineError, RppError
 from megatron_rpp.rollout.engine import POLL_S, Engine
 from megatron_rpp.rollout.ledger import Key, Ledger
@@ -25,7 +26,7 @@ OnResponse = Callable[[Prompt, Response], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutLimits:
-    """How long things may take. total_s: one whole `generate`; quiet_s: an engine or another leader without any progress."""
+    """How long things may take. total_s: one whole `generate`; quiet_s: an engine without any progress."""
 
     total_s: float = 7200.0
     quiet_s: float = 900.0
@@ -112,7 +113,8 @@ class Rollouts:
         while call.missing or not is_empty:
             is_empty = is_empty or self._fill(call)
             self._collect(call)
-        self.queue.wait(self._limits.quiet_s)
+        with doing("waiting for the other engines"):
+            self.queue.wait()
 
     def _fill(self, call: _Call) -> bool:
         """Claim prompts while the engine has room for all samples of one more, or nothing to do. Whether the queue is empty."""
@@ -141,7 +143,7 @@ class Rollouts:
 
     def _collect(self, call: _Call) -> None:
         """Wait shortly for responses, and hand on what has come. Raises: DeadlineError when the call or the engine takes too long."""
-        self.queue.beat(f"decoding {len(call.missing)} prompts")
+        self.queue.check()
         if not call.missing:
             return
         finished = [self._response(call, completion) for completion in self.engine.poll(POLL_S)]

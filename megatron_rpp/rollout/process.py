@@ -37,6 +37,7 @@ class EngineProcess:
         with open(log, "ab") as output:
             self._popen = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         self.pid = self._popen.pid
+        self._running = time.monotonic()  # when it was last seen not to be stopped
 
     def _places(self) -> dict[str, str]:
         """Variables that keep what the engine's processes share in its folder, and out of the way of other engines.
@@ -55,6 +56,20 @@ class EngineProcess:
     @property
     def is_alive(self) -> bool:
         return self._popen.poll() is None
+
+    @property
+    def state(self) -> str:
+        """What the kernel says of the process, as "in state stopped"."""
+        try:
+            return f"in state {psutil.Process(self.pid).status()}"
+        except psutil.NoSuchProcess:
+            return "gone"
+
+    def stopped_s(self) -> float:
+        """How long the process has been stopped (SIGSTOP), as far as this function was called meanwhile. Units: seconds."""
+        if self.state != f"in state {psutil.STATUS_STOPPED}":
+            self._running = time.monotonic()
+        return time.monotonic() - self._running
 
     def died(self) -> EngineError:
         """The error to raise when it is not alive, with the end of its log."""

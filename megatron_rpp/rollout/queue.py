@@ -2,6 +2,8 @@
 
 A torch store is the only thing shared. It is torch.distributed's, but no process group is involved: leaders may differ in
 speed and may be alone. Which leader takes which prompt is chance, and seeds make it of no consequence.
+A leader that gives up says so here. One that falls silent is found by the ranks' heartbeats (dist/heartbeat.py), also when it hosts
+the store and a request to it does not return.
 """
 
 from __future__ import annotations
@@ -12,10 +14,9 @@ from contextlib import contextmanager, suppress
 
 from torch.distributed import DistError, HashStore, PrefixStore, Store
 
-from megatron_rpp.dist.deadline import Heartbeat
-from megatron_rpp.errors import DeadlineError, EngineError
+from megatron_rpp.errors import EngineError
 
-BEAT_EVERY_S = 1.0
+ASK_EVERY_S = 1.0
 WAIT_EVERY_S = 0.05
 
 
@@ -28,8 +29,7 @@ class WorkQueue:
     def __init__(self, store: Store | None = None, *, leader: int = 0, num_leaders: int = 1) -> None:
         self.leader, self.num_leaders = leader, num_leaders
         self._store = PrefixStore("rollout-queue", HashStore() if store is None else store)
-        self._heartbeat = Heartbeat(self._store, leader)
-        self._round, self._num_items, self._last_beat = 0, 0, 0.0
+        self._round, self._num_items, self._last_asked = 0, 0, 0.0
 
     def open(self, num_items: int) -> None:
         """Begin the next round."""
@@ -52,50 +52,29 @@ class WorkQueue:
         with suppress(DistError):
             self._store.set("gave-up", f"leader {self.leader}: {reason}")
 
-    def beat(self, doing: str) -> None:
-        """Tell the other leaders that this one lives, at most once a second.
-
-        Raises: EngineError when another leader gave up, or when the store is gone.
-        """
-        if time.monotonic() - self._last_beat > BEAT_EVERY_S:
-            with self._asking("beat"):
-                self._heartbeat.beat(doing)
+    def check(self) -> None:
+        """Ask, at most once a second, whether another leader gave up. Raises: EngineError when one did, or when the store is gone."""
+        if time.monotonic() - self._last_asked > ASK_EVERY_S:
+            with self._asking("look for leaders that gave up"):
                 self._check_given_up()
-            self._last_beat = time.monotonic()
+            self._last_asked = time.monotonic()
 
-    def wait(self, silence_s: float) -> None:
-        """Return when every item is done.
+    def wait(self) -> None:
+        """Return when every item is done, however long the other leaders need.
 
-        silence_s: how long another leader may be silent before it is given up; one that beats may take as long as it needs.
-        Raises: DeadlineError naming the silent leader and what it was doing; EngineError when one gave up or the store is gone.
+        Raises: EngineError when one gave up, or when the store is gone.
         """
-        start = time.monotonic()
         while True:
             with self._asking("wait for the other leaders"):
                 if self._store.add(f"{self._round}/done", 0) >= self._num_items:
                     return
-                self._check_peers(silence_s, time.monotonic() - start)
-            self.beat("waiting for the other leaders")
+            self.check()
             time.sleep(WAIT_EVERY_S)
 
     def _check_given_up(self) -> None:
         if self._store.check(["gave-up"]):
             reason = self._store.get("gave-up").decode()
             raise EngineError("another engine gave up", where=f"leader {self.leader}", got=reason, fix="see the log of that leader")
-
-    def _check_peers(self, silence_s: float, waited_s: float) -> None:
-        for peer in range(self.num_leaders):
-            seen = self._heartbeat.last(peer)
-            silent_s = waited_s if seen is None else min(seen[0], waited_s)
-            if peer != self.leader and silent_s > silence_s:
-                done = self._store.add(f"{self._round}/done", 0)
-                raise DeadlineError(
-                    f"leader {peer} has been silent for {silent_s:.0f} s",
-                    where="wait for the other engines' responses",
-                    expected=f"{self._num_items} prompts done",
-                    got=f"{done} done; {self._heartbeat.describe((peer,))}",
-                    fix="look at that leader's log; its first error is the cause",
-                )
 
     @contextmanager
     def _asking(self, purpose: str) -> Iterator[None]:

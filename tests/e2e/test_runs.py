@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e import runs
@@ -73,6 +74,33 @@ def test_kill_9_and_resume_changes_no_byte_of_metrics_and_checkpoint(yaml: Path,
     lost = {name: written for name, written in ledger.items() if name.startswith("step-000004")}
     assert sorted(lost) == ["step-000004"] + [f"step-000004.{n + 1}" for n in range(int(refills[3]))]
     assert runs.ledger(run_dir).items() >= lost.items()
+
+
+def test_a_rank_that_is_stopped_in_its_roll_out_is_named_in_time_and_nothing_of_the_run_is_left(yaml: Path, tmp_path: Path) -> None:
+    """Rank 0 with its engine: it hosts the store, and the other rank waits for it with a limit of hours."""
+    run_dir, deadline_s = tmp_path / "stopped", 12.0
+    words = (f"run.deadline_s={deadline_s:g}", "rollout.max_response_tokens=200", "rollout.prompts_per_step=16", "eval.every=0")
+    with runs.training(yaml, run_dir, *words) as process:
+        runs.await_record(run_dir, 1, process)
+        while not any(path.stat().st_size for path in run_dir.glob("ledger/*/step-000002*")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(deadline_s / 10)  # two beats
+        ranks = psutil.Process(process.pid).children()
+        everyone = [*ranks, *ranks[0].children(recursive=True)]
+        assert any("megatron_rpp.rollout.server" in each.cmdline() for each in everyone)
+        for each in (ranks[0], *ranks[0].children(recursive=True)):
+            each.suspend()
+        stopped = time.monotonic()
+        assert process.wait(timeout=90) == 1
+        took_s = time.monotonic() - stopped
+    output = run_dir.with_suffix(".out").read_text()
+    assert "rank 1, rollout / wait 'roll-out 2': rank 0 has been silent for" in output
+    assert output.count("the last one said: rollout / sampling step 2 for") == 2  # to its peer, and to the launcher
+    assert "Traceback" not in output
+    assert took_s < deadline_s + 15.0
+    assert not [each for each in everyone if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+    assert not runs.processes_of(run_dir)
 
 
 def test_sigusr1_saves_and_ends_and_the_run_goes_on_later(yaml: Path, uninterrupted: runs.Finished, tmp_path: Path) -> None:

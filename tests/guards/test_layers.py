@@ -49,6 +49,7 @@ FENCE = {
 }
 # Parts that answer at once, or run where torch must not be: they never import it while they themselves are imported.
 WITHOUT_TORCH = ("config/", "hf/", "reward/", "observe/", "dist/world.py", "dist/hostlist.py", "data/tokenizer_file.py")
+WITHOUT_TORCH += ("dist/activity.py", "dist/leaving.py", "dist/watch.py")
 WITHOUT_TORCH += ("__main__.py", "display.py", "doctor.py", "errors.py", "files.py", "host.py", "input_file.py", "launch.py")
 WITHOUT_TORCH += ("leftovers.py", "search_path.py", "signals.py", "version.py")
 

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_rpp.dist.leaving import write_report
 from megatron_rpp.dist.world import World
 from megatron_rpp.errors import EngineError
-from megatron_rpp.launch import write_report
 from megatron_rpp.signals import take_warning
 
 behaviour, report = sys.argv[1], Path(sys.argv[sys.argv.index("--report") + 1])
@@ -54,6 +54,17 @@ elif behaviour == "rank-0-fails-and-1-hangs":
     if world.rank == 0:
         fail(EngineError("the engine died"), 4)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+elif behaviour == "an-echo-comes-first":
+    if world.rank == 1:
+        echo = EngineError("start engines failed on rank 0: no memory")
+        echo.origin = 0
+        fail(echo, 1)
+    wait_for(report.with_name("rank-1.json"))
+    fail(EngineError("no memory"), 1)
+elif behaviour == "rank-1-reports-and-stays":
+    if world.rank == 1:
+        write_report(report, EngineError("the engine died"))
     time.sleep(600)
 elif behaviour == "wait":
     try:

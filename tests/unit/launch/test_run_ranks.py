@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from megatron_rpp import launch
 launch.GRACE_S = 2.0
-sys.exit(launch.run_ranks([sys.executable, sys.argv[1], "wait"], 2, log_dir=Path(sys.argv[2]), is_cpu=True))
+sys.exit(launch.run_ranks([sys.executable, sys.argv[1], "wait"], 2, log_dir=Path(sys.argv[2]), is_cpu=True, silence_s=60.0))
 """
 
 
@@ -35,7 +35,7 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(behaviour: str, num_ranks: int, log_dir: Path) -> int:
-    return launch.run_ranks([sys.executable, RANK, behaviour], num_ranks, log_dir=log_dir, is_cpu=True)
+    return launch.run_ranks([sys.executable, RANK, behaviour], num_ranks, log_dir=log_dir, is_cpu=True, silence_s=60.0)
 
 
 def test_ranks_find_their_places_and_only_rank_0_prints_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +52,18 @@ def test_the_error_that_came_first_is_shown_once(tmp_path: Path, capfd: pytest.C
     assert capfd.readouterr().err == (
         f"step 3: the engine died\n  fix: look at its log\n(rank 1 of 3; what the others printed is in {tmp_path})\n"
     )
+
+
+def test_an_error_that_all_ranks_share_is_shown_as_the_rank_that_met_it_told_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("an-echo-comes-first", 2, tmp_path) == 1
+    assert capfd.readouterr().err.startswith("no memory\n(rank 0 of 2")
+
+
+def test_a_rank_that_reports_an_error_and_does_not_exit_ends_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    assert run("rank-1-reports-and-stays", 2, tmp_path) == 1
+    assert capfd.readouterr().err.startswith("the engine died\n(rank 1 of 2")
+    assert time.monotonic() - start < 20
 
 
 def test_a_defect_of_ours_is_shown_with_its_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -155,5 +167,5 @@ def test_the_signal_to_save_reaches_every_rank_and_ends_none(launcher) -> None:
 
 def test_more_ranks_than_gpus_are_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="too few GPUs"):
-        launch.run_ranks([sys.executable, RANK, "nothing"], num_gpus() + 1, log_dir=tmp_path / "logs", is_cpu=False)
+        launch.run_ranks([sys.executable, RANK, "nothing"], num_gpus() + 1, log_dir=tmp_path / "logs", is_cpu=False, silence_s=60.0)
     assert not (tmp_path / "logs").exists()
