@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from megatron_rpp.errors import CheckpointError
+from megatron_rpp.torch_dist.manifest import read_json_file
 
 PREFIX = "step-"
 
@@ -97,14 +100,34 @@ def commit_save(root: Path, state: RunState, *, keep: int) -> Path:
 
 
 def read_state(path: Path) -> RunState:
-    """Raises: CheckpointError naming the file when it is missing, not JSON, or has other keys."""
-    file = path / "state.json"
+    """Raises: CheckpointError naming the file when it is missing, not JSON, has other keys, a value of another type, or another step."""
+    file, fix = path / "state.json", f"remove {path} to continue from the one before"
     try:
-        return RunState(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            "the checkpoint's state cannot be read", where=str(file), got=error, fix=f"remove {path} to continue from the one before"
-        ) from None
+        found = read_json_file(file)
+    except CheckpointError as error:
+        raise CheckpointError("the checkpoint's state cannot be read", where=str(file), got=error.got or error.what, fix=fix) from error
+    wrong = "the file" if not isinstance(found, dict) else next((name for name in _KINDS if not _is_of_kind(name, found)), None)
+    if wrong is not None or found.keys() - _KINDS.keys():
+        expected = ", ".join(f"{name} ({what})" for name, (what, _) in _KINDS.items())
+        got = f"{wrong}: {found.get(wrong)!a}"[:200] if isinstance(found, dict) and wrong else ascii(found)[:200]
+        raise CheckpointError("the checkpoint's state is malformed", where=str(file), expected=expected, got=got, fix=fix)
+    if path.name.startswith(PREFIX) and path != step_dir(path.parent, found["step"]):
+        raise CheckpointError("the checkpoint is of another step than its directory", where=str(file), got=found["step"], fix=fix)
+    return RunState(**found)
+
+
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "step": ("a whole number", (int,)),
+    "prompts": ("an object", (dict,)),
+    "digest": ("text", (str,)),
+    "kl_coef": ("a finite number or null", (int, float, NoneType)),
+}
+
+
+def _is_of_kind(name: str, found: dict[str, Any]) -> bool:
+    value = found.get(name)
+    is_number = isinstance(value, int | float)
+    return type(value) in _KINDS[name][1] and not (is_number and not (math.isfinite(value) and value >= 0))
 
 
 # Settings that a resumed run may change: they move no number of the steps to come.

@@ -19,6 +19,11 @@ def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
         os._exit(1)
 
 
+def wake_when_parent_ends() -> None:
+    """Have the kernel continue this process, if it is stopped, when its parent ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
 def adopt_orphans() -> None:
     """Make this process the parent of every descendant that loses its own, instead of process 1."""
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)

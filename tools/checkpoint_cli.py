@@ -15,12 +15,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_rpp.errors import CheckpointError, RppError
 from megatron_rpp.hf.model import HfModel, parse_model
 from megatron_rpp.mcore.weights_header import check_model
+from megatron_rpp.torch_dist.listing import is_torch_dist, read_header
 from megatron_rpp.weights.convert import CARRIED, Options, Result
 from megatron_rpp.weights.families.registry import describe
 from megatron_rpp.weights.fp8_checkpoint import wide_config
 from megatron_rpp.weights.hf_io import SHARD_BYTES, read_json
 from megatron_rpp.weights.megatron_checkpoint import MegatronCheckpoint, open_megatron
-from megatron_rpp.weights.torch_dist import is_torch_dist, read_header
 
 DTYPES = ("float32", "float16", "bfloat16")
 

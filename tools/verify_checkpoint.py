@@ -21,6 +21,7 @@ from checkpoint_cli import bar, open_saved, run
 
 from megatron_rpp.display import printable
 from megatron_rpp.errors import CheckpointError
+from megatron_rpp.torch_dist.listing import is_torch_dist
 from megatron_rpp.weights.compare import Part, Source, compare
 from megatron_rpp.weights.convert import CARRIED, model_part
 from megatron_rpp.weights.families.parameter import Model
@@ -28,7 +29,6 @@ from megatron_rpp.weights.families.registry import FAMILIES, describe
 from megatron_rpp.weights.fp8_checkpoint import Quantised, fp8_part, open_wide, scales_of, wide_config
 from megatron_rpp.weights.hf_io import open_hf, read_json
 from megatron_rpp.weights.tied_head import HEAD, check_directory, head_note
-from megatron_rpp.weights.torch_dist import is_torch_dist
 
 
 def main() -> int:

@@ -146,7 +146,7 @@ def _key_path(key: yaml.Node, path: KeyPath, name: str, lines: dict[KeyPath, str
 
 def _check_scalar(node: yaml.ScalarNode, path: KeyPath, where: str) -> None:
     """Raises: ConfigError. An explicit tag such as !!bool takes what the type looks like without the tag, and nothing else."""
-    dotted, tag = ".".join(path), node.tag.rpartition(":")[2]
+    dotted, tag = ".".join(path) or "the value", node.tag.rpartition(":")[2]
     if tag in _WRITTEN and not _WRITTEN[tag].fullmatch(node.value):
         raise ConfigError(f"{dotted} has the tag !!{tag} and another value", where=where, got=repr(node.value))
     if tag == "int" and len(node.value) > _MAX_DIGITS:

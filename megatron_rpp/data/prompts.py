@@ -249,7 +249,20 @@ class PromptStream:
         return {"fingerprint": self._fingerprint(), "epoch": self._epoch, "position": self._position, "held_back": self._held_back}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on where `state` was taken. Raises: DataError when it belongs to other prompts, another order or another seed."""
+        """Go on where `state` was taken. Raises: DataError when it belongs to other prompts or another seed, or is not a state."""
+        num_prompts = len(self._prompts)
+        held_back = state.get("held_back")
+        are_indices = isinstance(held_back, list) and all(type(n) is int and 0 <= n < num_prompts for n in held_back)
+        counts = [state.get("epoch"), state.get("position")]
+        are_counts = all(type(n) is int and n >= 0 for n in counts) and isinstance(state.get("fingerprint"), str)
+        if not are_indices or not are_counts or len(set(held_back)) != len(held_back) or counts[1] > num_prompts:
+            raise DataError(
+                "the saved position in the prompts is damaged",
+                where="PromptStream",
+                expected=f"fingerprint, epoch, a position up to {num_prompts} and indices below it that are held back",
+                got=ascii({name: state.get(name) for name in self.state_dict()})[:200],
+                fix="continue from an older checkpoint",
+            )
         if state["fingerprint"] != self._fingerprint():
             raise DataError(
                 "the saved position belongs to other prompts or another seed",

@@ -133,9 +133,9 @@ def _wire_device(values: Tensor, group: ProcessGroup) -> torch.device:
 
 
 def _finish(work: Any, wait: Deadline) -> None:
-    # A wait of zero means "use the group's default" to gloo, so an overdue wait is refused here.
+    # A wait of less than a millisecond means "use the group's default" to gloo: a year.
     wait.check()
-    work.wait(timedelta(seconds=wait.remaining_s))
+    work.wait(timedelta(seconds=max(wait.remaining_s, 0.001)))
 
 
 def _pack(value: Any) -> Tensor:

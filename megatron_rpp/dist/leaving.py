@@ -88,7 +88,8 @@ def print_errors(rank: int, command: str) -> None:
         if rank == 0:
             text = f"rpp {command}: {text_of(error)}" if isinstance(error, RppError | KeyboardInterrupt) else text_of(error)
         else:
-            text = f"rank {rank}: {error.what if is_shared else text_of(error)}"
+            text = error.what if is_shared else text_of(error)
+            text = text if text.startswith(f"rank {rank}, ") else f"rank {rank}: {text}"  # an error of its watch names it already
         os.write(terminal, f"{text}\n".encode(errors="backslashreplace"))
 
     _ending.tell = tell

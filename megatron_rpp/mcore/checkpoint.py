@@ -9,19 +9,13 @@ the same layout a run continues bit for bit. Imports megatron: import it only af
 
 from __future__ import annotations
 
-import json
-import pickle
-import random
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
@@ -29,21 +23,27 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rpp.dist.agreement import raise_together
 from megatron_rpp.dist.collectives import DEFAULT_DEADLINE_S, barrier, broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
-from megatron_rpp.errors import CheckpointError, StorageError
-from megatron_rpp.files import describe_space, storage_error, write_whole, writing
+from megatron_rpp.errors import CheckpointError, RppError, StorageError
+from megatron_rpp.files import describe_space, storage_error, writing
 from megatron_rpp.hf.model import HfModel
 from megatron_rpp.mcore.optimizer import Optimizer
+from megatron_rpp.mcore.random_states import random_states, restore_random_states
+from megatron_rpp.mcore.same_kind import check_like
+from megatron_rpp.mcore.sharded_load import load_sharded
+from megatron_rpp.torch_dist.listing import COMMON, Listing, header_of, read_common, read_listing
+from megatron_rpp.torch_dist.manifest import Fingerprint, check_content, fingerprint, read_manifest, write_manifest
+from megatron_rpp.torch_dist.pickles import FETCH, shortened
 
 FORMAT = 2
-MANIFEST = "files.json"
 
-Fingerprint = dict[str, int]
+Result = TypeVar("Result")
 
-# What reading a directory of another kind raises, in megatron, torch and below. Damage is found before, by checksum; and a
-# RuntimeError is mostly a peer that left, which is not the checkpoint's fault.
-_BROKEN = (CheckpointingException, CheckpointException, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
+# What Megatron raises over a state that is not of its kind. A RuntimeError may be a peer that left, so it counts only where no
+# other rank takes part.
+_WRONG = (CheckpointingException, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError)
 
 
 def save(
@@ -76,11 +76,11 @@ def save(
     barrier(groups.world_cpu, name="checkpoint files", deadline_s=deadline_s)
     names = sorted(path.name for path in directory.iterdir())
     fingerprints: dict[str, Fingerprint] = {}
-    mine = {name: _fingerprint(directory / name) for name in _mine(names, groups)}
+    mine = {name: fingerprint(directory / name) for name in _mine(names, groups)}
     for share in gather_objects(mine, groups.world_cpu, name="checkpoint checksums", deadline_s=deadline_s):
         fingerprints |= share
     if groups.rank == 0:
-        write_whole(directory / MANIFEST, json.dumps(fingerprints, indent=1, sort_keys=True) + "\n")
+        write_manifest(directory, fingerprints)
     barrier(groups.world_cpu, name="checkpoint manifest", deadline_s=deadline_s)
 
 
@@ -117,23 +117,58 @@ def load(
     Raises: CheckpointError, on every rank, when the directory is missing, incomplete, damaged, or of another model or precision;
     DeadlineError when a peer does not come in deadline_s.
     """
-    check_files(directory, groups, deadline_s)
-    with reading(directory):
-        header = dist_checkpointing.load_common_state_dict(str(directory))["header"]
+    listing, common = open_checkpoint(directory, groups, deadline_s)
     wanted = _header(hf, chunks, optimizer, groups)
+    header = header_of(common, directory) or {}
     _check_header(header, wanted, directory)
-    is_same_layout = header["layout"] == wanted["layout"]
-    with reading(directory):
-        state = _sharded_state(chunks, optimizer, groups, is_loading=True)
-        if is_same_layout:
-            state["rng"] = _sharded_rng(groups)
-        state = dist_checkpointing.load(state, str(directory))
-        for name, chunk in zip(chunk_names(chunks), chunks, strict=True):
-            chunk.load_state_dict(state[name], strict=True)
-        optimizer.inner.load_state_dict(state["optimizer"])
-        optimizer.scheduler.load_state_dict(state["scheduler"])
-        if is_same_layout:
-            _restore_rng(state["rng"])
+    is_same_layout = header.get("layout") == wanted["layout"]
+    state = _sharded_state(chunks, optimizer, groups, is_loading=True)
+    if is_same_layout:
+        state["rng"] = _sharded_rng(groups)
+    plain = {name: common.get(name) for name in ("optimizer", "scheduler")}
+
+    def compare() -> None:
+        with reading(directory / COMMON):
+            for name, found in plain.items():
+                check_like(state[name], found, name)
+
+    def read() -> dict[str, Any]:
+        with reading(directory):
+            return load_sharded(state, listing, plain)
+
+    def take(found: dict[str, Any]) -> None:
+        with reading(directory, RuntimeError):
+            for name, chunk in zip(chunk_names(chunks), chunks, strict=True):
+                chunk.load_state_dict(found[name], strict=True)
+            optimizer.inner.load_state_dict(found["optimizer"])
+            optimizer.scheduler.load_state_dict(found["scheduler"])
+            if is_same_layout:
+                restore_random_states(found["rng"])
+
+    together(compare, "compare the checkpoint's state with the run's", groups, deadline_s)
+    found = together(read, "read the checkpoint", groups, deadline_s)
+    together(lambda: take(found), "take the checkpoint's state", groups, deadline_s)
+
+
+def together(call: Callable[[], Result], what: str, groups: Groups, deadline_s: float) -> Result:
+    """The result of a call that every rank makes. What goes wrong on one rank is raised on all. Collective."""
+    found: list[Result] = []
+    error: RppError | None = None
+    try:
+        found.append(call())
+    except RppError as raised:
+        error = raised
+    raise_together(error, groups=groups, what=what, deadline_s=deadline_s)
+    return found[0]
+
+
+def open_checkpoint(directory: Path, groups: Groups, deadline_s: float) -> tuple[Listing, dict[str, Any]]:
+    """What a checkpoint holds and where, and the part of it that belongs to no rank. Every file is compared with files.json.
+
+    Raises: CheckpointError, on every rank, when it is missing, incomplete, damaged, or names more than data. Collective.
+    """
+    check_files(directory, groups, deadline_s)
+    return together(lambda: (read_listing(directory), read_common(directory)), "open the checkpoint", groups, deadline_s)
 
 
 def _sharded_state(chunks: Sequence[GPTModel], optimizer: Optimizer, groups: Groups, *, is_loading: bool) -> dict[str, Any]:
@@ -202,41 +237,22 @@ def check_files(directory: Path, groups: Groups, deadline_s: float) -> None:
 
     Each rank reads a share of the files. Raises: CheckpointError, the same on every rank.
     """
-    manifest = _read_manifest(directory) if groups.rank == 0 else None
+
+    def listed() -> dict[str, Fingerprint] | None:
+        if groups.rank != 0:
+            return None
+        if not directory.is_dir():
+            raise CheckpointError("there is no such checkpoint", where=str(directory), fix=FETCH)
+        return read_manifest(directory)
+
+    def compare() -> None:
+        with reading(directory):
+            for name in _mine(sorted(manifest), groups):
+                check_content(directory / name, manifest[name])
+
+    manifest = together(listed, "read the checkpoint's list of files", groups, deadline_s)
     manifest = broadcast_object(manifest, groups.world_cpu, name="checkpoint manifest", deadline_s=deadline_s)
-    errors: list[str | None] = [manifest] if isinstance(manifest, str) else []
-    if not errors:
-        mine = [_damage(directory / name, manifest[name]) for name in _mine(sorted(manifest), groups)]
-        errors = gather_objects(next(filter(None, mine), None), groups.world_cpu, name="checkpoint files", deadline_s=deadline_s)
-    for error in filter(None, errors):
-        raise CheckpointError(error, where=str(directory), fix="continue from an older one")
-
-
-def _read_manifest(directory: Path) -> dict[str, Fingerprint] | str:
-    """The list of files, or what is wrong."""
-    if not directory.is_dir():
-        return "there is no such checkpoint"
-    try:
-        return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"the checkpoint is incomplete: its list of files, {MANIFEST}, is missing or unreadable"
-
-
-def _damage(path: Path, recorded: Fingerprint) -> str | None:
-    """What distinguishes a file from what was written, None when nothing does."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != recorded["bytes"]:
-        return f"{path.name} is damaged: {path.stat().st_size} bytes where {recorded['bytes']} were written"
-    return None if _fingerprint(path) == recorded else f"{path.name} is damaged: its checksum is not that of what was written"
-
-
-def _fingerprint(path: Path) -> Fingerprint:
-    crc, size = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return {"bytes": size, "crc32": crc}
+    together(compare, "compare the checkpoint's files with their checksums", groups, deadline_s)
 
 
 def _mine(names: Sequence[str], groups: Groups) -> Sequence[str]:
@@ -244,31 +260,14 @@ def _mine(names: Sequence[str], groups: Groups) -> Sequence[str]:
 
 
 @contextmanager
-def reading(directory: Path) -> Iterator[None]:
-    """What Megatron, torch and pickle raise over a damaged checkpoint becomes a CheckpointError that names it."""
+def reading(where: Path, *more: type[Exception]) -> Iterator[None]:
+    """What Megatron and torch raise over a state that is not of their kind becomes a CheckpointError. more: other such exceptions."""
     try:
         yield
-    except _BROKEN as error:
-        raise CheckpointError(
-            "the checkpoint cannot be read", where=str(directory), got=f"{type(error).__name__}: {error}", fix="continue from an older one"
-        ) from error
+    except (*_WRONG, *more) as error:
+        got = shortened(f"{type(error).__name__}: {error}")
+        raise CheckpointError("the checkpoint cannot be read", where=str(where), got=got, fix=FETCH) from error
 
 
 def _sharded_rng(groups: Groups) -> ShardedObject:
-    state = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-    return ShardedObject("rng", state, (groups.size,), (groups.rank,), replica_id=0)
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+    return ShardedObject("rng", random_states(), (groups.size,), (groups.rank,), replica_id=0)

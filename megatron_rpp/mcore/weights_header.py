@@ -24,6 +24,8 @@ def check_model(header: dict[str, Any] | None, hf: HfModel, *, where: str) -> No
     said, wanted = (header or {}).get("model"), asdict(hf)
     if said is None:
         return
+    if not isinstance(said, dict):
+        raise CheckpointError("the checkpoint does not say of which model it is", where=where, expected="a dict", got=type(said).__name__)
     names = [name for name in wanted if said.get(name) != wanted[name]]
     if names:
         raise CheckpointError(

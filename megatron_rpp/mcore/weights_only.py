@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_rpp.dist.collectives import DEFAULT_DEADLINE_S
 from megatron_rpp.dist.groups import Groups
 from megatron_rpp.hf.model import HfModel
-from megatron_rpp.mcore.checkpoint import check_files, chunk_names, reading
+from megatron_rpp.mcore.checkpoint import chunk_names, open_checkpoint, reading, together
+from megatron_rpp.mcore.sharded_load import load_sharded
 from megatron_rpp.mcore.weights_header import check_model
+from megatron_rpp.torch_dist.listing import header_of
 
 
 def load_weights(
@@ -27,14 +28,17 @@ def load_weights(
     Raises: CheckpointError, on every rank, when the directory is missing, incomplete, damaged, or of another model;
     DeadlineError when a peer does not come in deadline_s.
     """
-    check_files(directory, groups, deadline_s)
-    with reading(directory):
-        header = dist_checkpointing.load_common_state_dict(str(directory)).get("header")
-    check_model(header, hf, where=str(directory))
+    listing, common = open_checkpoint(directory, groups, deadline_s)
+    check_model(header_of(common, directory), hf, where=str(directory))
     metadata = {"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
     names = chunk_names(chunks)
-    with reading(directory):
-        state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
-        state = dist_checkpointing.load(state, str(directory))
-        for name, chunk in zip(names, chunks, strict=True):
-            chunk.load_state_dict(state[name], strict=True)
+
+    def read() -> None:
+        with reading(directory):
+            state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
+            found = load_sharded(state, listing, {})
+        with reading(directory, RuntimeError):
+            for name, chunk in zip(names, chunks, strict=True):
+                chunk.load_state_dict(found[name], strict=True)
+
+    together(read, "read the checkpoint", groups, deadline_s)

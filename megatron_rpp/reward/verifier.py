@@ -16,6 +16,7 @@ from dataclasses import astuple
 from megatron_rpp.errors import RewardError
 from megatron_rpp.reward.base import FailureKind, RewardInput
 from megatron_rpp.reward.channel import Channel, ChannelError
+from megatron_rpp.reward.output import shown_escaped
 from megatron_rpp.reward.supervisor import SWEEP_S
 from megatron_rpp.reward.worker import MAX_ANSWER_BYTES
 from megatron_rpp.search_path import python_module, with_working_directory
@@ -56,7 +57,7 @@ class Verifier:
                 raise RewardError("the reward pool is closing")
             try:
                 self._spawn()
-            except (OSError, subprocess.SubprocessError) as error:
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no more threads
                 fix = "lower reward.num_workers if this host has no room for so many processes"
                 raise RewardError("a verifier process does not start", where=self._where, got=error, fix=fix) from error
         try:
@@ -93,13 +94,15 @@ class Verifier:
             mark, fd = secrets.token_hex(16), theirs.fileno()
             settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
             settings |= {"PYTHONPATH": os.pathsep.join(with_working_directory()), MARK: mark}
-            self._process = subprocess.Popen(
-                [*python_module("megatron_rpp.reward.worker"), str(fd), str(os.getpid())],
-                env={**os.environ, **settings},
-                pass_fds=(fd,),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is the parent's to handle
-            )
+            with shown_escaped() as output:
+                self._process = subprocess.Popen(
+                    [*python_module("megatron_rpp.reward.worker"), str(fd), str(os.getpid())],
+                    env={**os.environ, **settings},
+                    pass_fds=(fd,),
+                    stdin=subprocess.DEVNULL,
+                    stderr=output,
+                    start_new_session=True,  # Ctrl-C is the parent's to handle
+                )
         except BaseException:
             ours.close()
             raise

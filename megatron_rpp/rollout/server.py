@@ -27,7 +27,7 @@ from megatron_rpp.leftovers import remove_folder
 from megatron_rpp.rollout import coverage, hook, worker
 from megatron_rpp.rollout.process import kill_session
 from megatron_rpp.rollout.settings import SOCKET_NAME, EngineSettings, model_overrides, server_args
-from megatron_rpp.signals import die_with
+from megatron_rpp.signals import wake_when_parent_ends
 
 OWNER_CHECK_S = 0.5
 BEAT_S = 1.0
@@ -36,10 +36,10 @@ BEAT_S = 1.0
 def die_with_owner(owner: int) -> None:
     """Kill this whole session as soon as the owner is gone, and remove what the engine has made outside of the run directory.
 
-    PR_SET_PDEATHSIG alone will not do: it reaches no grandchild and removes no folder. A thread alone will not do either: it does not
-    run in a process that is stopped. (The kernel's signal comes when the owner's *thread* that started us ends: its main thread.)
+    A SIGKILL by the kernel (PR_SET_PDEATHSIG) will not do: it also comes when the thread that started us ends, it reaches no grandchild
+    and removes no folder. The thread below does not run in a process that is stopped: so the kernel is asked for a SIGCONT.
     """
-    die_with(owner)
+    wake_when_parent_ends()
 
     def watch() -> None:
         while os.getppid() == owner:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,8 @@ from torch import Tensor
 
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.files import refusal
+from megatron_rpp.torch_dist.listing import COMMON, KIND, LIST, Chunk, Stored, write_common, write_list
+from megatron_rpp.torch_dist.manifest import fingerprint, write_manifest
 from megatron_rpp.weights.compare import Part, Source, Tick, compare
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.fp8_checkpoint import Quantised, quantization_config
@@ -38,10 +39,9 @@ from megatron_rpp.weights.raw_file import BLOCK_BYTES, payload, row_blocks
 from megatron_rpp.weights.rect import Rect, Shape
 from megatron_rpp.weights.safetensors_file import WIDE_DTYPES, make_header
 from megatron_rpp.weights.tied_head import HEAD, check_tied_head
-from megatron_rpp.weights.torch_dist import COMMON, KIND, LIST, Chunk, Stored, write_common, write_list
-from megatron_rpp.weights.unfinished import Unfinished, checksum
+from megatron_rpp.weights.unfinished import Unfinished
 
-CARRIED, MANIFEST = "hf", "files.json"
+CARRIED = "hf"
 _RETRY = "make room, then run the same command again: it goes on where it stopped"
 
 
@@ -120,7 +120,9 @@ def to_megatron(source: HFCheckpoint, model: Model, out: Path, *, header: Mappin
             carry_over(source.dir, _made(work.folder / CARRIED), options.dtype or _main(dtypes, model))
         with open_megatron(work.folder, model) as written:
             _check_equal(part, written, dtypes, out, options)
-        with _naming("the last bytes", out):
+        with _naming("the list of files", out):
+            others = {name: fingerprint(work.folder / name) for name in (LIST, COMMON, KIND)}
+            write_manifest(work.folder, work.fingerprints | others)
             work.complete()
     return Result(len(dtypes), total_bytes(source, model, options.dtype), len(files), len(files) - len(todo))
 
@@ -259,7 +261,7 @@ def _blob(value: Any) -> bytes:
 def _finish_megatron(
     work: Unfinished, model: Model, files: Mapping[str, list[_Box]], spans: Mapping[str, list[list[int]]], header: Mapping[str, Any]
 ) -> None:
-    """The list of tensors, the objects, the header and the checksums of it all."""
+    """The list of tensors, the objects and the header."""
     name = f"__0_{len(files)}.distcp"
     with work.writing(name, []) as stream:
         stream.write(_blob([None]))  # what a module without fp8 state keeps
@@ -273,8 +275,6 @@ def _finish_megatron(
     stored = {key: Stored(*kinds[key], tuple(found)) for key, found in chunks.items()}
     write_list(work.folder, stored, state_keys(model), blob)
     write_common(work.folder, {"header": dict(header)})
-    listed = {**work.fingerprints, **{name: checksum(work.folder / name) for name in (LIST, COMMON, KIND)}}
-    (work.folder / MANIFEST).write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_equal(source: Source, written: Source, dtypes: Mapping[str, torch.dtype], out: Path, options: Options) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron_rpp.errors import CheckpointError
+from megatron_rpp.torch_dist.listing import Chunk, Stored, first_element, read_listing
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.megatron_keys import Place, has_experts, places
 from megatron_rpp.weights.raw_file import RawFile, read_rect
 from megatron_rpp.weights.rect import Rect, Shape, as_matrix
-from megatron_rpp.weights.torch_dist import Chunk, Stored, first_element, read_list
 
 # What Megatron keeps under keys of its own beside the model's weights.
 HEAD_KEY = "output_layer.weight"
@@ -136,7 +136,7 @@ def open_megatron(folder: Path | str, model: Model) -> MegatronCheckpoint:
     directory is damaged.
     """
     folder = Path(folder)
-    stored = read_list(folder)
+    stored = read_listing(folder).tensors
     weights = {key for key in stored if not key.startswith(_NO_WEIGHTS)}
     wanted = list(places(model))
     if not {place.key for place in wanted} <= weights and has_experts(model):

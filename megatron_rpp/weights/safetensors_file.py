@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_rpp.errors import CheckpointError
-from megatron_rpp.input_file import open_file, parse_json
+from megatron_rpp.input_file import kind_of, open_file, parse_json
 from megatron_rpp.weights.rect import Shape
 
 WIDE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -83,9 +83,9 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise CheckpointError("cannot read the file", where=str(file), got=error.strerror) from error
     except ValueError as error:
-        raise CheckpointError("the header is not JSON", where=str(file), got=error, fix=_FETCH) from error
+        raise CheckpointError("cannot read the header as JSON", where=str(file), got=error, fix=_FETCH) from error
     if not isinstance(header, dict):
-        raise CheckpointError("the header is not a JSON object", where=str(file), got=type(header).__name__)
+        raise CheckpointError("the header is not a JSON object", where=str(file), got=kind_of(header))
     return header, 8 + length, size
 
 

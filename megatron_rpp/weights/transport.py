@@ -219,4 +219,4 @@ def _wait(work: Work | None, name: str, rank: int, deadline_s: float) -> None:
     if work is None:
         return
     with deadline(name, deadline_s, rank=rank, waiting_for="all ranks to take part") as wait:
-        work.wait(timedelta(seconds=wait.remaining_s))
+        work.wait(timedelta(seconds=max(wait.remaining_s, 0.001)))  # less would be the group's default

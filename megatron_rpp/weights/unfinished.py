@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_rpp.errors import CheckpointError
+from megatron_rpp.torch_dist.manifest import fingerprint
 from megatron_rpp.weights.hf_io import flush
 
 _JOURNAL = "journal.json"
@@ -68,10 +69,10 @@ class Unfinished:
 
     def _read_journal(self, job: str) -> dict[str, Any]:
         """What an earlier run of this job finished. Everything else that lies in the folder is thrown away."""
-        found: dict[str, Any] = {"job": None}
-        with suppress(OSError, ValueError):
+        found: Any = None
+        with suppress(OSError, ValueError, RecursionError):
             found = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
-        if found["job"] != job:
+        if not isinstance(found, dict) or found.get("job") != job or not _are_entries(found.get("files")):
             found = {"job": job, "files": {}}
         for file in self.folder.iterdir():
             if file.name not in found["files"] and file.name != _JOURNAL:
@@ -89,7 +90,7 @@ class Unfinished:
         if entry is None:
             return None
         try:
-            is_same = checksum(self.folder / name) == {"bytes": entry["bytes"], "crc32": entry["crc32"]}
+            is_same = fingerprint(self.folder / name) == {"bytes": entry["bytes"], "crc32": entry["crc32"]}
         except OSError:
             is_same = False
         return entry["notes"] if is_same else None
@@ -125,10 +126,7 @@ class Unfinished:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def checksum(file: Path) -> dict[str, int]:
-    """Bytes and CRC-32 of a file. Raises: OSError."""
-    crc, size = 0, 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return {"bytes": size, "crc32": crc}
+def _are_entries(files: Any) -> bool:
+    """Whether a journal's files are what `writing` notes: it may have been cut off by a full disk, or changed."""
+    keys = {"bytes", "crc32", "notes"}
+    return isinstance(files, dict) and all(isinstance(entry, dict) and entry.keys() == keys for entry in files.values())

@@ -134,7 +134,7 @@ def test_a_host_of_the_store_that_is_stopped_in_its_roll_out_is_named_in_time_an
 def test_without_our_launcher_a_rank_prints_who_is_silent_and_leaves(runs: dict[str, Run], stopped: dict[str, float]) -> None:
     code, errors = runs["roll_out by itself"].wait(1)
     assert code == 1
-    assert errors.startswith("rank 1: rank 1, wait 'roll-out 3': rank 0 has been silent for")
+    assert errors.startswith("rank 1, wait 'roll-out 3': rank 0 has been silent for")
     assert "the last one said: sampling step 3 for" in errors
     assert "Traceback" not in errors
     assert runs["roll_out by itself"].left() == [runs["roll_out by itself"].pid(0)]  # its launcher's to end

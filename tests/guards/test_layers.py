@@ -12,7 +12,7 @@ from tests.guards.source import PACKAGE, ROOT, imports, name_of, python_files, t
 LAYERS = (
     ("display", "errors", "files", "host", "input_file", "leftovers", "search_path", "signals", "types", "version"),
     ("config", "hf"),
-    ("algo", "data", "dist", "reward", "stats"),
+    ("algo", "data", "dist", "reward", "stats", "torch_dist"),
     ("mcore", "rollout", "weights"),
     ("delivery", "engine_dir"),
     ("doctor", "launch", "observe", "placement", "resume"),
@@ -29,6 +29,7 @@ SIBLINGS |= {("files", "errors")}
 
 STORE = "megatron_rpp/rollout/queue"  # a store that leaders share; no process group
 APPLY_PATCHES = ("megatron_rpp/mcore/init", "megatron_rpp/rollout/worker", "megatron_rpp/process", "megatron_rpp/data/template")
+TORCH_DISTRIBUTED = tuple(f"megatron_rpp/{part}/" for part in ("dist", "mcore", "weights", "torch_dist"))
 # library -> the files that may import it, as prefixes of their paths. Everything else speaks to it through them.
 FENCE = {
     "megatron": ("megatron_rpp/mcore/", "patches/megatron_core/", "tests/", "tools/"),
@@ -37,7 +38,7 @@ FENCE = {
     "tokenizers": ("megatron_rpp/data/tokenizer_file", "tests/", "examples/"),
     "pydantic": ("megatron_rpp/config/load",),
     "yaml": ("megatron_rpp/config/load", "tests/", "tools/"),
-    "torch.distributed": ("megatron_rpp/dist/", "megatron_rpp/mcore/", "megatron_rpp/weights/", STORE, "patches/", "tests/", "tools/"),
+    "torch.distributed": (*TORCH_DISTRIBUTED, STORE, "patches/", "tests/", "tools/"),
     "megatron_rpp_patches": (*APPLY_PATCHES, "patches/", "tests/", "tools/"),
     "rich": ("megatron_rpp/observe/", "tests/", "tools/", "examples/"),
     "tensorboard": ("megatron_rpp/observe/", "tests/"),

@@ -17,8 +17,8 @@ from torch import Tensor
 from megatron_rpp.config.schema import Algo, Config, Critic
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.process import open_critic, open_policy, open_process
+from megatron_rpp.torch_dist.listing import write_common
 from megatron_rpp.weights.tied_head import EMBEDDING, HEAD
-from megatron_rpp.weights.torch_dist import write_common
 from tests.dist.ranks import free_port, run_ranks
 from tests.mcore import tiny
 from tests.mcore.hf import transformers
@@ -175,7 +175,9 @@ def test_a_head_that_config_json_contradicts_is_refused_on_the_way_back(folders:
         assert inside("convert_hf_to_megatron", folders[name], tmp_path / name).returncode == 0
     for name, other, entry in (("untied", "plain", "false"), ("plain", "untied", "true")):
         shutil.copy(folders[other] / "config.json", tmp_path / name / "hf" / "config.json")
-        write_common(tmp_path / name, {})  # as a checkpoint of another program, which does not say what model it holds
+        # as a checkpoint of another program, which does not say what model it holds and lists no files
+        write_common(tmp_path / name, {})
+        (tmp_path / name / "files.json").unlink()
         done = inside("convert_megatron_to_hf", tmp_path / name, tmp_path / "back")
         assert done.returncode == 1 and f'"tie_word_embeddings": {entry}' in done.stderr, done.stdout + done.stderr
         assert "output_layer.weight" in done.stderr

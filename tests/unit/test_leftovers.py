@@ -130,16 +130,19 @@ def test_a_segment_that_a_living_process_uses_stays(
     memory.close()
 
 
-@pytest.mark.parametrize("name", ["../../etc/hostname", "another-program", "sem.mp-../x", "", "psm_a/b"])
+@pytest.mark.parametrize("name", ["OUTSIDE", "psm_/../OUTSIDE", "another-program", "", "psm_a/b"])
 def test_a_list_that_names_something_else_is_not_believed(
     name: str, temporary: Path, shared: Callable[[str], Path], start_owner: Callable[..., tuple[subprocess.Popen[str], Path]]
 ) -> None:
-    other = shared("another-program")
+    other, outside = shared("another-program"), temporary / "precious"
+    outside.touch()
+    name = name.replace("OUTSIDE", os.path.relpath(outside, leftovers.SHARED_MEMORY))
     dead, folder = start_owner(name.replace("another-program", other.name))
     kill(dead)
     assert [each.shared for each in find_leftovers()] == [()]
     assert remove_if_abandoned(folder)
     assert other.exists()
+    assert outside.exists()
 
 
 def test_folders_of_other_programs_stay(temporary: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +15,16 @@ from megatron_rpp.config.schema import Config, Data, Model, Run
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.observe.rundir import RunDir
 from megatron_rpp.process import step_to_resume
-from megatron_rpp.resume import RunState, begin_save, commit_save, complete_steps, drop_later, settings_digest, stray_entries
+from megatron_rpp.resume import (
+    RunState,
+    begin_save,
+    commit_save,
+    complete_steps,
+    drop_later,
+    read_state,
+    settings_digest,
+    stray_entries,
+)
 
 
 def save(root: Path, step: int, *, digest: str = "d", keep: int = 2) -> Path:
@@ -57,6 +69,42 @@ def test_a_run_directory_that_was_removed_does_not_come_back_with_a_save(tmp_pat
     with pytest.raises(FileNotFoundError):
         begin_save(tmp_path / "run" / "checkpoints", 3)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: [], "the checkpoint's state is malformed"),
+        (lambda state: None, "the checkpoint's state is malformed"),
+        (lambda state: {**state, "step": "4"}, "got: step: '4'"),
+        (lambda state: {**state, "step": True}, "got: step: True"),
+        (lambda state: {**state, "step": -4}, "got: step: -4"),
+        (lambda state: {**state, "step": 5}, "of another step than its directory"),
+        (lambda state: {**state, "prompts": []}, r"got: prompts: \[\]"),
+        (lambda state: {**state, "digest": None}, "got: digest: None"),
+        (lambda state: {**state, "kl_coef": float("nan")}, "got: NaN is not a JSON number"),
+        (lambda state: {**state, "kl_coef": "0.1"}, "got: kl_coef: '0.1'"),
+        (lambda state: {**state, "x": 1}, "the checkpoint's state is malformed"),
+        (lambda state: {"step": 4}, "got: prompts: None"),
+    ],
+)
+def test_a_state_of_wrong_types_names_the_entry(change: Callable[[Any], Any], words: str, tmp_path: Path) -> None:
+    where = save(tmp_path, 4)
+    state = json.loads((where / "state.json").read_text())
+    assert read_state(where) == RunState(4, {}, "d")
+    (where / "state.json").write_text(json.dumps(change(state)))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read_state(where)
+    assert "state.json" in str(caught.value) and "to continue from the one before" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 10**6, "\0", '{"step": 1e999999999, "step": }', "\ud800"])
+def test_a_state_that_is_not_json_is_one_error(text: str, tmp_path: Path) -> None:
+    where = save(tmp_path, 4)
+    (where / "state.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError, match="state cannot be read") as caught:
+        read_state(where)
+    assert len(str(caught.value).splitlines()) < 5
 
 
 def test_responses_of_weights_that_are_gone_are_forgotten(tmp_path: Path) -> None:

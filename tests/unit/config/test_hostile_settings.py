@@ -120,7 +120,7 @@ def test_of_thousands_of_mistakes_the_first_are_explained(write: Write) -> None:
     [
         ("optim.lr=1\x01", "command line, optim.lr:1: YAML does not allow this character"),
         ("optim.lr=" + "[" * 5000, f"command line, optim.lr:1: {TOO_DEEP}"),
-        ("optim.lr=!!bool maybe", "command line, optim.lr:1:  has the tag !!bool and another value"),
+        ("optim.lr=!!bool maybe", "command line, optim.lr:1: the value has the tag !!bool and another value"),
         ("run.dir=\udcff", "command line, run.dir:1: YAML does not allow this character"),
         ("optim.\udcff=1", "command line  optim.\\udcff: expected text in UTF-8"),
         ("optim.l\x1b[31mr=1", "command line  optim.l\\u001b[31mr: unknown setting"),

@@ -338,6 +338,27 @@ def test_a_state_of_other_prompts_or_another_seed_is_refused() -> None:
             stream.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {name: odd}
+            for name in ("epoch", "position")
+            for odd in (None, -1, "1", 1.5, True, [], 10**9)
+            if (name, odd) != ("epoch", 10**9)
+        ),
+        *({"held_back": odd} for odd in (None, 1, "x", [-1], [10], [1, 1], ["1"], [True], {})),
+        *({"fingerprint": odd} for odd in (None, 3, [])),
+    ],
+)
+def test_a_state_of_wrong_types_is_refused(change: dict[str, object]) -> None:
+    stream = PromptStream(PROMPTS, seed=5)
+    with pytest.raises(DataError, match="the saved position in the prompts is damaged"):
+        stream.load_state_dict(stream.state_dict() | change)
+    with pytest.raises(DataError, match="the saved position in the prompts is damaged"):
+        stream.load_state_dict({})
+
+
 def test_more_prompts_than_there_are_is_an_error_that_says_how_many() -> None:
     with pytest.raises(DataError, match=r"11 different prompts[\s\S]*1 to 10"):
         PromptStream(PROMPTS, 0).take(11)

@@ -266,6 +266,20 @@ def test_a_supervisor_that_is_stopped_is_replaced(tmp_path: Path, monkeypatch: p
     assert all(wait_until_gone(pid) for pid in pids_in(tmp_path / "pid"))
 
 
+def test_close_does_not_wait_for_a_call_whose_supervisor_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifier_module, "SWEEP_S", 0.2)
+    monkeypatch.setattr(verifier_module, "_DYING_S", 0.2)
+    pool = RewardPool(ATTACKS, timeout_s=60.0, num_workers=1)
+    busy = pool.submit(item(1, f"leave and sleep:{tmp_path}/pid"))
+    wait_for(lambda: (tmp_path / "pid").exists() and len(pids_in(tmp_path / "pid")) == 2)
+    os.kill(pool._verifiers[0]._process.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    pool.close()
+    assert time.monotonic() - begin < 30
+    assert busy.result(timeout=0).reward_failed == "closed"
+    assert all(wait_until_gone(pid) for pid in pids_in(tmp_path / "pid"))
+
+
 @pytest.mark.parametrize("act", ["leave", "leave detached", "leave and sleep"])
 def test_what_a_verifier_left_running_ends_when_the_process_of_the_pool_is_killed(tmp_path: Path, act: str) -> None:
     program = f"""

@@ -196,7 +196,7 @@ def test_a_file_that_grew_is_refused(single: Path) -> None:
 @pytest.mark.parametrize("header", [b"not json", b"[1]", b"\xff\xfe", b"[" * 100_000])
 def test_a_header_that_is_no_json_object_is_refused(single: Path, header: bytes) -> None:
     (single / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(CheckpointError, match="the header is not"):
+    with pytest.raises(CheckpointError, match=r"cannot read the header as JSON|the header is not a JSON object"):
         open_hf(single)
 
 
@@ -253,7 +253,7 @@ def test_a_missing_file_is_named(sharded: Path, file: str) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", ""])
 def test_a_json_file_that_is_no_object_is_named(sharded: Path, file: str, text: str) -> None:
     (sharded / file).write_text(text)
-    with pytest.raises(CheckpointError, match=rf"{re.escape(file)}: not (a )?JSON"):
+    with pytest.raises(CheckpointError, match=rf"{re.escape(file)}: (cannot read the file as JSON|the file does not hold)"):
         open_hf(sharded)
 
 
