@@ -12,7 +12,6 @@ import contextlib
 import difflib
 import io
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +32,7 @@ from megatron_rpp.errors import RppError
 from megatron_rpp.files import refuse_unusable, storage_errors_named
 from megatron_rpp.host import num_gpus
 from megatron_rpp.search_path import add_working_directory, python_module
-from megatron_rpp.signals import hold_warning
+from megatron_rpp.signals import hold_warning, unwind_once
 from megatron_rpp.version import __version__
 
 _RUN_COMMANDS = {
@@ -47,6 +46,7 @@ _ROLLOUT_DTYPES = {"model": "{0}, as the model", "fp8_block": "matrices in E4M3,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code of the process. An error that a user can act on is one message, without a traceback."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not in UTF-8 cannot show every text
@@ -65,6 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, e.g. `rpp check run.yaml | head`
         sys.stderr.close()
         return 141
+
+
+def _open_closed_streams() -> None:
+    """Lead standard streams that the caller has closed (`2>&-`) to /dev/null. A file of the run would get their numbers otherwise."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, f"__{name}__") is None:  # Python found it closed
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, fd)
+            if null > 2:
+                os.close(null)
+            stream = open(fd, "r" if fd == 0 else "w", closefd=False)  # noqa: SIM115 -- for the life of the process
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -126,7 +139,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _run_as_rank(options: argparse.Namespace, cfg: Config, world: World) -> NoReturn:
     """Does not return: a rank ends by `leaving.leave`, because an ordinary exit waits for threads that wait for dead peers."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that engines and workers are closed in order
+    unwind_once()
     if options.report is None:
         leaving.print_errors(world.rank, options.command)
     else:

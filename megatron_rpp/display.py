@@ -1,6 +1,7 @@
 """Text from files, models and verifiers, made safe to print: a terminal obeys control characters, wherever they come from.
 
-Every door to a terminal or a log uses these functions: errors.py, observe/console.py, `__main__`, launch.py, `rpp score`, reward/output.py.
+Whatever prints to a terminal or a log uses these functions: errors.py, observe/console.py, `__main__`, launch.py, dist/leaving.py,
+doctor.py, `rpp score`, reward/output.py.
 """
 
 from __future__ import annotations

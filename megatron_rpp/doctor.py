@@ -1,4 +1,4 @@
-"""`rpp doctor`: what on this host would stop a run or make it wrong, said before a run finds out. Only `--clean` changes anything."""
+"""`rpp doctor`: what on this host would stop a run or make it wrong. Only `--clean` changes anything."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from megatron_rpp.display import printable, printable_lines
 from megatron_rpp.host import num_gpus
 from megatron_rpp.leftovers import Leftover, find_leftovers, remove_if_abandoned
 from megatron_rpp.search_path import python_module
@@ -48,7 +49,7 @@ def main(*, as_json: bool = False, clean: bool = False) -> int:
     for finding in examine():
         findings.append(finding)
         if not as_json:
-            print(finding, flush=True)
+            print(printable_lines(str(finding), indent=27), flush=True)
     failed = sum(finding.status == "FAIL" for finding in findings)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
@@ -174,7 +175,7 @@ def _remove_leftovers(*, quiet: bool) -> None:
     for leftover in find_leftovers():
         if remove_if_abandoned(leftover.folder) and not quiet:
             for path in (*leftover.shared, leftover.folder):
-                print(f"removed {path}")
+                print(printable(f"removed {path}"))
 
 
 def _pins() -> dict[str, str]:

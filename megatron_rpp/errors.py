@@ -20,6 +20,7 @@ class RppError(Exception):
 
     exit_code = 1
     origin: int | None = None  # the rank that met it, where another rank raises it as well
+    is_shared: bool = False  # whether all ranks raise it, or an echo of it
 
     def __init__(
         self,

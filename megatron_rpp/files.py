@@ -66,8 +66,8 @@ def storage_errors_named() -> Iterator[None]:
 
 def _storage_cause(error: BaseException | None) -> OSError | None:
     """The error of a file behind an exception. Libraries wrap those of the disk; a path is only looked for in the exception itself,
-    since code that tries one path after another leaves such errors behind."""
-    if isinstance(error, OSError) and error.errno in _PATH:
+    since code that tries one path after another leaves such errors behind. Without a path it is not about a file: a signal, a port."""
+    if isinstance(error, OSError) and error.errno in _PATH and error.filename is not None:
         return error
     for _ in range(20):
         if error is None or (isinstance(error, OSError) and error.errno in _DISK):

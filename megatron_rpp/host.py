@@ -1,4 +1,4 @@
-"""What this host has, told by its device files: torch, which knows better, takes seconds to ask."""
+"""What this host has, told by its device files: torch, which knows better, takes seconds to ask. And the state of a process."""
 
 from __future__ import annotations
 
@@ -17,3 +17,13 @@ def num_gpus(devices: Path = Path("/dev"), env: Mapping[str, str] = os.environ) 
     entries = [entry.strip() for entry in visible.split(",")]
     usable = entries.index("-1") if "-1" in entries else len(entries)  # CUDA stops reading at the first invalid entry
     return usable if visible.strip() else 0
+
+
+def state_of(pid: int) -> str:
+    """What the kernel says of a process, as "in state stopped"; "gone" if there is none."""
+    import psutil
+
+    try:
+        return f"in state {psutil.Process(pid).status()}"
+    except psutil.NoSuchProcess:
+        return "gone"

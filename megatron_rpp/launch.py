@@ -30,12 +30,12 @@ from megatron_rpp.display import printable, printable_lines
 from megatron_rpp.dist.watch import Beat, read_beat
 from megatron_rpp.errors import ConfigError, DeadlineError, RppError
 from megatron_rpp.files import writing
-from megatron_rpp.host import num_gpus
+from megatron_rpp.host import num_gpus, state_of
 from megatron_rpp.leftovers import PrivateFolder, removed_after_death
-from megatron_rpp.signals import WARNING, adopt_orphans, die_with, hold_warning
+from megatron_rpp.signals import WARNING, adopt_orphans, die_with, hold_warning, stop_signals
 
 GRACE_S = 10.0  # from the first failure to SIGTERM, and from there to SIGKILL: a rank that gets SIGTERM is gone in less
-START_SILENCE_S = 60.0  # at least, of a rank that starts: while it loads libraries none of its threads may run for seconds
+START_SILENCE_S = 120.0  # at least, of a rank that starts: while it loads libraries none of its threads may run for seconds
 _POLL_S = 0.05
 _MARK = "RPP_LAUNCH"  # the variable by which a launch knows the processes that descend from its ranks
 
@@ -85,8 +85,6 @@ def beat_file(report: Path) -> Path:
 class _Signals:
     """Inside the block, the signals that stop a run are remembered instead of ending this process."""
 
-    _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
     def __init__(self) -> None:
         self.stop: signal.Signals | None = None
         self.wants_save = False
@@ -94,7 +92,7 @@ class _Signals:
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> _Signals:
-        for number in (*self._STOP, WARNING):
+        for number in (*stop_signals(), WARNING):
             self._before[number] = signal.signal(number, self._note)
         self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # held until the ranks stand, now passed on
         return self
@@ -170,7 +168,7 @@ class _Ranks:
         for rank, process in enumerate(self._processes):
             silent_s = self._beats[rank].silent_s()
             if process.returncode is None and silent_s > least_s:
-                found = f"{self._beats[rank]}; process {process.pid} is {_state_of(process.pid)}"
+                found = f"{self._beats[rank]}; process {process.pid} is {state_of(process.pid)}"
                 text += f"\n  rank {rank} has not beaten for {silent_s:.1f} s: {found}"
         return text
 
@@ -185,7 +183,7 @@ class _Ranks:
                     f"rank {rank} has been silent for {silent_s:.1f} s",
                     where="launcher",
                     expected=f"a heartbeat within {limit_s:g} s",
-                    got=f"{beats}; process {process.pid} is {_state_of(process.pid)}",
+                    got=f"{beats}; process {process.pid} is {state_of(process.pid)}",
                     fix="find out what stopped or blocked that process; raise run.deadline_s if such a pause is normal here",
                 )
                 return Failure(rank, error.exit_code, str(error))
@@ -283,15 +281,6 @@ class _Beats:
             self.beat, self._changed = beat, now
         self._looked = now
         return now - self._changed
-
-
-def _state_of(pid: int) -> str:
-    import psutil
-
-    try:
-        return f"in state {psutil.Process(pid).status()}"
-    except psutil.NoSuchProcess:
-        return "gone"
 
 
 def _end_left_behind(mark: str) -> None:

@@ -33,7 +33,7 @@ _WAIT_AND_REMOVE = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv
 
 
 class PrivateFolder:
-    """A folder of this process, mode 0700, until `remove` or the end of the process. Its path is short: sockets lie in it."""
+    """A folder of this process, mode 0700, until `remove`. Its path is short because it holds sockets."""
 
     def __init__(self) -> None:
         draft = Path(tempfile.mkdtemp(prefix=_UNFINISHED))
@@ -56,7 +56,7 @@ class PrivateFolder:
 
 @contextlib.contextmanager
 def removed_after_death(folder: Path) -> Iterator[None]:
-    """Inside the block a process of its own waits for the end of this one, and then removes the folder, even after SIGKILL."""
+    """Inside the block another process waits for the end of this one, and then removes the folder. SIGKILL is no exception."""
     line = [sys.executable, "-P", "-I", "-S", "-c", _WAIT_AND_REMOVE, str(folder)]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True):
         yield
@@ -92,7 +92,7 @@ def find_leftovers() -> list[Leftover]:
 
 
 def remove_folder(folder: Path, *, keep: Collection[Path] = ()) -> None:
-    """Remove a private folder and what it lists in /dev/shm, but for some paths there. No process may use it any more."""
+    """Remove a private folder, and what it lists in /dev/shm except `keep`. No process may use it any more."""
     for path in _shared_of(folder):
         if path not in keep:
             path.unlink(missing_ok=True)
@@ -100,7 +100,7 @@ def remove_folder(folder: Path, *, keep: Collection[Path] = ()) -> None:
 
 
 def remove_if_abandoned(folder: Path) -> bool:
-    """Remove a private folder and what it lists, unless its process still lives. Returns whether it was removed."""
+    """Remove a private folder and what it lists if its process is dead. Returns whether it was removed."""
     with _abandoned(folder) as is_abandoned:
         if is_abandoned:
             remove_folder(folder, keep=_mapped())
@@ -117,7 +117,7 @@ def _own_folders(parent: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _abandoned(folder: Path) -> Iterator[bool]:
-    """Whether no living process holds the folder. Inside the block nobody else can come to the same answer."""
+    """Whether the process of a folder is dead. Inside the block no other process gets the answer True."""
     lock: IO[bytes] | None = None
     try:
         lock = open(folder / _LOCK, "r+b")  # noqa: SIM115 -- closed below

@@ -30,6 +30,7 @@ from megatron_rpp.mcore.policy import Policy
 from megatron_rpp.observe.log import RunLog
 from megatron_rpp.observe.rundir import RunDir, versions
 from megatron_rpp.resume import changed_settings, complete_steps, read_state, settings_digest, step_dir, stray_entries
+from megatron_rpp.torch_dist.listing import read_common, read_listing
 from megatron_rpp.weights.families.parameter import Model
 from megatron_rpp.weights.families.registry import describe
 from megatron_rpp.weights.hf_io import has_weights, open_hf, read_json
@@ -104,6 +105,7 @@ def open_process(cfg: Config, command: Literal["train", "sft", "eval"]) -> Itera
             try:
                 directory = stack.enter_context(RunDir.open(directory.path))
                 step = step_to_resume(cfg, directory) if command == "train" else 0
+                _check_checkpoints(cfg, directory, command, step)
             except RppError as raised:
                 error = raised
         raise_together(error, groups=groups, what="open the run directory", deadline_s=cfg.run.deadline_s)
@@ -125,6 +127,19 @@ def _close_groups(kind: type[BaseException] | None, error: BaseException | None,
     """Not after a wait that failed, or an error that the peers do not share: closing a group waits for peers, as long as it takes."""
     if kind is None or (isinstance(error, RppError) and not isinstance(error, DeadlineError)):
         init.stop()
+
+
+def _check_checkpoints(cfg: Config, directory: RunDir, command: Literal["train", "sft", "eval"], step: int) -> None:
+    """Read the lists of what will be loaded, before an engine starts and before anything is written. Raises: CheckpointError."""
+    folders = []
+    if cfg.model.megatron_checkpoint is not None and command != "eval":
+        folders.append(cfg.model.megatron_checkpoint)
+    if step > 0:
+        saved = step_dir(directory.checkpoints, step)
+        folders += [saved / "policy", *([saved / "critic"] if cfg.algo.estimator == "gae" else [])]
+    for folder in folders:
+        read_listing(folder)
+        read_common(folder)
 
 
 def _warn_of_strays(process: Process) -> None:

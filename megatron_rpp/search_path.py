@@ -1,7 +1,7 @@
-"""Where Python looks for modules: the working directory comes last, so that no file in it replaces a module of the standard library.
+"""Where Python looks for modules. The working directory comes last, so that its files replace none of the standard library.
 
-`python -m` puts the working directory first. torch would import a `numbers.py` there in place of Python's own. A reward of the user
-is still found there. Processes of a run are therefore started with `-P`, and `__main__` moves the directory to the end.
+`python -m` puts the working directory first, and torch would then import a `numbers.py` there. So processes of a run are started
+with `-P`, and `__main__` moves the directory to the end. Rewards in the working directory are still found.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ def python_module(name: str) -> list[str]:
 
 
 def with_working_directory() -> list[str]:
-    """This process's search path as absolute paths, with the working directory at the end unless it has a place already."""
-    entries = [os.path.abspath(entry) for entry in sys.path]
+    """The search path of this process as absolute paths, with the working directory at the end if it is missing.
+
+    An entry that is no path, such as that of an editable installation's import hook, stays as it is.
+    """
+    entries = [os.path.abspath(entry) if os.path.exists(entry or os.curdir) else entry for entry in sys.path]
     here = os.path.abspath(os.curdir)
     return entries if here in entries else [*entries, here]
 

@@ -1,13 +1,15 @@
-"""Two promises that every process of a run keeps: it ends with its parent, and a warning to save never ends it."""
+"""What the processes of a run do about signals: they end with their parent, a warning to save never ends one, and ranks tidy up."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+from types import FrameType
 
 # Slurm's warning before the time limit goes to every process of a task, whatever it is doing.
 WARNING = signal.SIGUSR1
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LIBC = ctypes.CDLL(None)  # loaded before any fork: a forked child must not run the loader
 
@@ -27,6 +29,29 @@ def wake_when_parent_ends() -> None:
 def adopt_orphans() -> None:
     """Make this process the parent of every descendant that loses its own, instead of process 1."""
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that stop a run. One that was ignored when this process started, such as SIGHUP under nohup, is not among them."""
+    return tuple(number for number in STOP if signal.getsignal(number) is not signal.SIG_IGN)
+
+
+def unwind_once() -> None:
+    """From here on the first signal to stop unwinds the main thread, so that engines and workers are closed in order.
+
+    Later ones are ignored: they would interrupt the closing, and leave folders behind.
+    """
+    handled = stop_signals()
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        for each in handled:
+            signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    for number in handled:
+        signal.signal(number, unwind)
 
 
 def hold_warning() -> None:

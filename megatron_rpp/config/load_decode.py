@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_rpp.config.load_yaml import KeyPath
 from megatron_rpp.config.problems import Problem, refuse
+from megatron_rpp.config.ranges import range_of
 from megatron_rpp.config.schema import Config
 
 _ADAPTER = TypeAdapter(Config)
@@ -66,8 +67,11 @@ def _unusable(path: KeyPath, value: Any, lines: Mapping[KeyPath, str]) -> Iterat
         for index, inner in enumerate(value):
             yield from _unusable((*path, str(index)), inner, lines)
     elif isinstance(value, int) and not -_MAX_NUMBER - 1 <= value <= _MAX_NUMBER:
-        expected = f"expected a number from {-_MAX_NUMBER - 1} to {_MAX_NUMBER}, got {_show(value)}"
-        yield Problem(".".join(path), expected, _line(path, lines))
+        dotted = ".".join(path)
+        problem = f"expected a number from {-_MAX_NUMBER - 1} to {_MAX_NUMBER}, got {_show(value)}"
+        if (allowed := range_of(dotted)) is not None and allowed.high is not None:
+            problem = allowed.problem(value) or problem
+        yield Problem(dotted, problem, _line(path, lines))
     elif isinstance(value, str) and _SURROGATE.search(value):
         yield Problem(".".join(path), f"expected text in UTF-8, got {_show(value)}", _line(path, lines))
 

@@ -23,7 +23,7 @@ class Failure:
         """The error to raise on the other ranks."""
         kind = getattr(megatron_rpp.errors, self.kind, EngineError)
         error = kind(f"{what} failed on rank {self.rank}: {self.message}", fix=f"see logs/rank-{self.rank}.log in the run directory")
-        error.origin = self.rank
+        error.origin, error.is_shared = self.rank, True
         return error
 
 
@@ -46,6 +46,7 @@ def raise_together(error: RppError | None, *, groups: Groups, what: str, deadlin
     """
     failures = share_errors(error, groups=groups, what=what, deadline_s=deadline_s)
     if error is not None:
+        error.is_shared = True
         raise error
     if failures:
         raise failures[0].as_error(what)

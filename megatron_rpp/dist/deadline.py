@@ -94,8 +94,9 @@ def deadline(
     """Names a wait and bounds it: `with deadline("gather groups", 60) as wait: work.wait(timedelta(seconds=wait.remaining_s))`.
 
     It cannot interrupt a call that takes no timeout of its own: hand `wait.remaining_s` to whatever blocks, or use
-    `wait.poll`. In a rank of a run the watch (watch.py) ends the process if such a call does not return. Errors of a timeout that leave the block (TimeoutError, and those of torch's stores and groups, which are
-    plain RuntimeErrors) become a DeadlineError with this wait's name; so does a peer's vanishing after its own wait ran out.
+    `wait.poll`. In a rank of a run the watch (watch.py) ends the process if such a call does not return.
+    Errors of a timeout that leave the block (TimeoutError, and those of torch's stores and groups, which are plain
+    RuntimeErrors) become a DeadlineError with this wait's name; so does a peer's vanishing after its own wait ran out.
 
     is_work: the block works, and waits for peers inside that work. limit_s then bounds each of those waits, by the timeout of the
     process group, and not the block, which may take longer.

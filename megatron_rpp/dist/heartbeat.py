@@ -1,8 +1,8 @@
 """Heartbeats of all ranks over the run's store, so that a silent rank is named within `run.deadline_s`, whatever the others do.
 
 Each rank writes its beat. Rank 0 reads them all and writes a table of who is doing what, and who has been silent for how long; the
-others read the table. So a beat costs each rank two requests, and rank 0 one for every rank. Rank 0 itself is watched by all: its
-table must change, and the store, which it hosts unless torchrun does, must answer.
+others read the table. So a beat costs each rank two requests, and rank 0 one more for every rank that has not joined.
+Rank 0 itself is watched by all: its table must change, and the store, which it hosts unless torchrun does, must answer.
 No clock is compared with another host's: silence is counted on the reader's own clock, from the last change that it saw.
 All requests are made by a thread of their own on a connection of their own, because a request to a store whose host is stopped
 does not return. `check` and `describe` only look at what that thread has found.
@@ -23,6 +23,7 @@ from torch.distributed import PrefixStore, Store
 
 from megatron_rpp.dist import activity, leaving, watch
 from megatron_rpp.dist.deadline import as_lost_peer, watch_peers
+from megatron_rpp.dist.store import run_store
 from megatron_rpp.dist.watch import SILENT_FRAC, beat_every_s
 from megatron_rpp.errors import DeadlineError, RppError
 
@@ -98,10 +99,10 @@ class Heartbeats:
             self._lost = str(error).partition("\n")[0]
 
     def _read_beats(self) -> None:
+        joined = [peer for peer in range(self._size) if self._seen[peer][0] or self._store.check([f"beat/{peer}"])]
+        beats = dict(zip(joined, self._store.multi_get([f"beat/{peer}" for peer in joined]), strict=True))
         for peer in range(self._size):
-            key, beat = f"beat/{peer}", ""
-            if self._seen[peer][0] or self._store.check([key]):
-                beat = self._store.get(key).decode()
+            beat = beats.get(peer, b"").decode()
             if beat != self._seen[peer][0]:
                 self._seen[peer] = beat, time.monotonic()
             _, elapsed_s, doing = json.loads(beat) if beat else (0, 0.0, JOINING)
@@ -179,7 +180,7 @@ def watching_peers(rank: int, size: int, *, deadline_s: float) -> Iterator[None]
         with reported(rank):
             yield
         return
-    heartbeats = Heartbeats(dist.distributed_c10d._get_default_store(), rank, size, deadline_s=deadline_s)
+    heartbeats = Heartbeats(run_store(), rank, size, deadline_s=deadline_s)
     heartbeats.start()
     watch_peers(heartbeats.describe)
     try:

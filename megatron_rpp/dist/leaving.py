@@ -22,7 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_rpp.errors import DeadlineError, RppError
+from megatron_rpp.display import printable_lines
+from megatron_rpp.errors import RppError
 
 UNWIND_S = 5.0  # for the main thread, from its error to the end of its `with` blocks
 FINISH_S = 30.0  # the same, when all has gone well
@@ -78,19 +79,18 @@ def report_to(path: Path) -> None:
 def print_errors(rank: int, command: str) -> None:
     """From here on `tell` prints to today's standard error, even if that is sent to a file later.
 
-    Rank 0 prints every error whole. Other ranks print whole what they alone know of: a wait of their own that failed, or a
-    defect. Of an error that all ranks share they print the first line.
+    Rank 0 prints every error whole. Other ranks print whole what they alone may know of. Of an error that all ranks share they
+    print the first line.
     """
     terminal = os.dup(2)
 
     def tell(error: BaseException) -> None:
-        is_shared = isinstance(error, RppError) and not isinstance(error, DeadlineError)
         if rank == 0:
             text = f"rpp {command}: {text_of(error)}" if isinstance(error, RppError | KeyboardInterrupt) else text_of(error)
         else:
-            text = error.what if is_shared else text_of(error)
+            text = error.what if isinstance(error, RppError) and error.is_shared else text_of(error)
             text = text if text.startswith(f"rank {rank}, ") else f"rank {rank}: {text}"  # an error of its watch names it already
-        os.write(terminal, f"{text}\n".encode(errors="backslashreplace"))
+        os.write(terminal, f"{printable_lines(text, indent=0)}\n".encode(errors="backslashreplace"))
 
     _ending.tell = tell
 
@@ -103,9 +103,18 @@ def tell(error: BaseException) -> int:
     with _ending.lock:
         if not _ending.code and _ending.tell is not None:
             if not isinstance(error, SystemExit | BrokenPipeError):
-                _ending.tell(error)
+                _tell_or_print(_ending.tell, error)
             _ending.code, _ending.limit = exit_code(error), time.monotonic() + UNWIND_S
         return exit_code(error) if _ending.code is None else _ending.code
+
+
+def _tell_or_print(tell: Callable[[BaseException], None], error: BaseException) -> None:
+    """A full disk or a closed terminal must not keep this process from ending: the error is then printed, if that is possible."""
+    try:
+        tell(error)
+    except OSError:
+        with suppress(OSError):
+            os.write(2, f"{text_of(error)}\n".encode(errors="backslashreplace"))
 
 
 def finish() -> None:
@@ -144,7 +153,8 @@ def leave(code: int) -> NoReturn:
     if not _leaving.acquire(blocking=False):
         while True:
             time.sleep(1.0)
-    faulthandler.dump_traceback_later(TIDY_S + 5.0, exit=True, file=sys.__stderr__)
+    with suppress(OSError, RuntimeError, ValueError, AttributeError):  # standard error is closed
+        faulthandler.dump_traceback_later(TIDY_S + 5.0, exit=True, file=sys.__stderr__)
     limit = time.monotonic() + TIDY_S
     exit_hooks = atexit._run_exitfuncs  # what os._exit leaves out: other libraries' temporary folders and files
     for call in (*reversed(_ending.tidy), exit_hooks, _flush):

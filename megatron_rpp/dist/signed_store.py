@@ -1,6 +1,6 @@
-"""A torch store whose values carry a signature, so that a rank trusts only what another rank of its run wrote.
+"""A torch store whose values carry a signature. A rank trusts only what a rank of its own run wrote.
 
-torch's TCP store answers anybody who connects: they can list, read and replace every value.
+torch's TCP store answers anybody who connects. They can list, read and replace every value.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _SIGNATURE_BYTES, _NONCE_BYTES = 32, 16
 
 
 class SignedStore(Store):
-    """A store whose values carry an HMAC-SHA256 of their name and themselves. Reading any other value raises StoreError.
+    """Each value carries the HMAC-SHA256 of its name and content. Reading a value without it raises StoreError.
 
-    A value that a rank once wrote can be put back under its name by who can write to the store. Names are not signed.
+    Anyone who can write to the store can put an old value back under its name. Names are not signed.
     """
 
-    # torch's C++ code holds stores without their Python half, and fails once that is gone. A run makes a handful of them.
+    # torch's C++ code keeps only the C++ half of a store alive, and fails without the Python half. A run makes few stores.
     _alive: list[SignedStore] = []  # noqa: RUF012
 
     def __init__(self, store: Store, key: bytes) -> None:
@@ -41,11 +41,20 @@ class SignedStore(Store):
     def get(self, key: str) -> bytes:
         return self._open(key, self._store.get(key))
 
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """In one request."""
+        return [self._open(key, value) for key, value in zip(keys, self._store.multi_get(keys), strict=True)]
+
     def add(self, key: str, value: int) -> int:
-        """The total is kept as signed text. A number that the server adds up would carry no signature."""
+        """The total is kept as signed text. A number that the server adds up would carry no signature.
+
+        Adding 0 reads the total and writes nothing: ranks that wait ask often, and each write makes other writers start over.
+        """
         while True:
             before = self._sealed(key)
             total = value + (int(self._open(key, before)) if before else 0)
+            if before and value == 0:
+                return total
             after = self._seal(key, str(total))
             if self._store.compare_set(key, before, after) == after:
                 return total
@@ -62,7 +71,10 @@ class SignedStore(Store):
         return self._store.check(keys)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        self._store.wait(keys) if timeout is None else self._store.wait(keys, timeout)
+        if timeout is None:
+            self._store.wait(keys)
+        else:
+            self._store.wait(keys, timeout)
 
     def delete_key(self, key: str) -> bool:
         return self._store.delete_key(key)
@@ -74,14 +86,14 @@ class SignedStore(Store):
         self._store.set_timeout(timeout)
 
     def has_extended_api(self) -> bool:
-        """No: torch then does with the methods above what append, multi_get and multi_set would do."""
+        """No: torch then does with the methods above what append and multi_set would do."""
         return False
 
     def _sealed(self, key: str) -> bytes:
         return self._store.get(key) if self._store.check([key]) else b""
 
     def _seal(self, name: str, value: str | bytes) -> bytes:
-        """Never the same bytes twice, so that a writer can tell whether it was its own value that was taken."""
+        """Never the same bytes twice, so that a writer can tell whether the store took its own value."""
         content = secrets.token_bytes(_NONCE_BYTES) + _as_bytes(value)
         return self._sign(name, content) + content
 

@@ -1,27 +1,29 @@
 """The store in which the ranks of a run meet: where it listens, and whose values count.
 
-Through the store ranks learn each other's addresses, and they unpickle what comes from there. torch's TCP store answers anybody who
-connects, and by itself it listens on every interface. So it listens on the loopback interface if all ranks are on one host. On several
-hosts it listens on the address that the job names, and every value is signed with a key that only the ranks of this run have.
-torchrun's agent hosts a store of its own on all interfaces. Values in that store are signed, too.
+Ranks learn each other's addresses through the store, and they unpickle what comes from these addresses. torch's TCP store
+answers anybody who connects, and by default it listens on every interface. If all ranks are on one host, it listens here on
+the loopback interface. On several hosts it listens on the address that the job names, and every value is signed with a key
+that only the ranks of this run have. torchrun's agent hosts a store on all interfaces; values in that store are signed, too.
 
-A signature does not hide a value. It does not protect the connections of gloo and NCCL either, which authenticate nobody: a run on
-several hosts needs a network in which no stranger can connect to them.
+A signature does not hide a value. It does not protect the connections of gloo and NCCL either, which authenticate nobody.
+A run on several hosts needs a network in which no stranger can connect to them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import secrets
 import socket
+import time
 from datetime import timedelta
 from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
 
-from torch.distributed import HashStore, Store, TCPStore
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_rpp.dist.deadline import Deadline, deadline
@@ -37,18 +39,22 @@ _MOST_NAMED = 8  # missing ranks in one message
 def open_run_store(world: World, run_dir: Path, deadline_s: float) -> Store:
     """The store of this run. Every rank calls it once.
 
-    run_dir: carries the key where it is needed and KEY_VARIABLE is not set. Units: deadline_s in seconds, for a rank that does not come.
-    Raises: ConfigError when rank 0 cannot listen or the key is too short; StoreError when a value is not signed with the key of the run;
-    DeadlineError.
+    run_dir: holds the key until all ranks have it, unless KEY_VARIABLE is set.
+    Units: deadline_s in seconds, for a rank that does not come.
+    Raises: ConfigError when rank 0 cannot listen or the key is too short; StoreError when a value is not signed with the
+    key of the run; DeadlineError.
     """
     if world.size == 1:
         return HashStore()  # no port, hence nothing that two runs on one host could fight over
     host, port = world.master_addr, world.master_port
-    with deadline("join the run", deadline_s, rank=world.rank, waiting_for=f"the store of the run at {host}:{port}") as wait:
+    waiting_for = f"the store of the run at {host}:{port}"
+    with deadline("join the run", deadline_s, rank=world.rank, waiting_for=waiting_for) as wait:
         if world.rank == 0 and not world.has_agent_store:
             store = serve(host, port, deadline_s, is_one_host=world.is_one_host)
         else:
             store = connect(host, port, deadline_s)
+        if world.has_agent_store:
+            store = PrefixStore(f"attempt-{world.attempt}", store)
         if world.is_one_host and not world.has_agent_store:
             return store
         return _signed(store, world, run_dir, wait)
@@ -60,11 +66,12 @@ def run_store() -> Store:
 
 
 def serve(host: str, port: int, timeout_s: float, *, is_one_host: bool = True) -> TCPStore:
-    """Host a store on the address that `host` names. Port 0: any that is free (`store.port`). Raises: ConfigError."""
+    """Host a store on the address that `host` names. Port 0 means any free one (`store.port`). Raises: ConfigError."""
     listener = _listen(host, port, is_one_host=is_one_host)
     _, port = listener.getsockname()[:2]
     fd = listener.detach()  # the store closes it
-    return TCPStore(host, port, None, True, timedelta(seconds=timeout_s), wait_for_workers=False, master_listen_fd=fd)
+    timeout = timedelta(seconds=timeout_s)
+    return TCPStore(host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=fd)
 
 
 def connect(host: str, port: int, timeout_s: float) -> TCPStore:
@@ -73,17 +80,20 @@ def connect(host: str, port: int, timeout_s: float) -> TCPStore:
 
 
 def _listen(host: str, port: int, *, is_one_host: bool) -> socket.socket:
-    """On all interfaces where other hosts must come by an address that is none of this host's: one of a load balancer, or the
-    loopback address that Debian gives to a host's own name.
+    """A socket that listens on the address that `host` names.
+
+    It listens on all interfaces if other hosts use an address that this host does not have, as behind a load balancer, or if
+    `host` is a loopback address here, as Debian resolves a host's own name.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        got = f"{host}: {error.strerror}"
-        raise ConfigError("the address of rank 0 does not resolve", where="MASTER_ADDR", expected="a host or an address", got=got) from error
+        what, got = "the address of rank 0 does not resolve", f"{host}: {error.strerror}"
+        raise ConfigError(what, where="MASTER_ADDR", expected="a host name or an address", got=got) from error
     places = [(family, place) for family, _, _, _, place in found if is_one_host or not _is_loopback(place[0])]
     if not is_one_host:
-        places.append((socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port)))
+        has_ipv6 = socket.has_dualstack_ipv6()
+        places.append((socket.AF_INET6, ("::", port)) if has_ipv6 else (socket.AF_INET, ("0.0.0.0", port)))
     refused = OSError("no address")
     for family, place in places:
         try:
@@ -126,6 +136,7 @@ def _signed(store: Store, world: World, run_dir: Path, wait: Deadline) -> Signed
         return _meet(SignedStore(store, _digest(own)), world, wait)
     if world.rank != 0:
         return _meet(SignedStore(store, _digest(_read_key(store, run_dir, wait))), world, wait)
+    _remove_stale_keys(run_dir, wait.limit_s)
     path = run_dir / f".{_ANNOUNCED}-{secrets.token_hex(16)}"
     try:
         key = _write_key(path)
@@ -151,35 +162,48 @@ def _write_key(path: Path) -> str:
     key = secrets.token_hex(32)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w", encoding="ascii") as file:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with open(fd, "w", encoding="ascii") as file:
             file.write(key)
     except OSError as error:
-        fix = f"make run.dir writable, or give all ranks a key in {KEY_VARIABLE}"
-        raise ConfigError("the key of the run cannot be written", where=str(path), got=error.strerror, fix=fix) from error
+        what, fix = "the key of the run cannot be written", f"make run.dir writable, or give all ranks a key in {KEY_VARIABLE}"
+        raise ConfigError(what, where=str(path), got=error.strerror, fix=fix) from error
     return key
+
+
+def _remove_stale_keys(run_dir: Path, limit_s: float) -> None:
+    """Of runs that were killed while their ranks met. No run meets for longer than limit_s."""
+    for path in run_dir.glob(f".{_ANNOUNCED}-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > limit_s:
+                path.unlink()
 
 
 def _read_key(store: Store, run_dir: Path, wait: Deadline) -> str:
     """What rank 0 wrote. A network file system may show the file some seconds late."""
     name = store.get(_ANNOUNCED).decode("ascii", errors="replace")
     if not re.fullmatch(rf"\.{_ANNOUNCED}-[0-9a-f]{{32}}", name):
-        raise StoreError("another process has written to the store of the run", where=_ANNOUNCED, expected="the name of a key file", got=repr(name))
+        what = "another process has written to the store of the run"
+        raise StoreError(what, where=_ANNOUNCED, expected="the name of a key file", got=repr(name[:100]))
     path = run_dir / name
     try:
         wait.poll(path.exists)
     except DeadlineError as error:
-        fix = f"use a run.dir that all hosts share, or give all ranks a key in {KEY_VARIABLE}"
-        raise DeadlineError("the key of the run is not there", where=str(path), expected="a file that rank 0 wrote", fix=fix) from error
+        what, fix = "the key of the run is missing", f"use a run.dir that all hosts share, or set {KEY_VARIABLE} for all ranks"
+        raise DeadlineError(what, where=str(path), expected="a file that rank 0 wrote", fix=fix) from error
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="ascii") as file:
         mode = os.fstat(file.fileno()).st_mode
         if mode & 0o077:
-            expected, got = "a file that only its owner can read", f"mode {mode & 0o777:o}"
-            raise StoreError("the key of the run is open to other users", where=str(path), expected=expected, got=got)
+            what, expected = "the key of the run is open to other users", "a file that only its owner can read"
+            raise StoreError(what, where=str(path), expected=expected, got=f"mode {mode & 0o777:o}")
         return file.read()
 
 
 def _meet(store: SignedStore, world: World, wait: Deadline) -> SignedStore:
-    """Return when rank 0 has seen every rank, and the others have seen rank 0. Raises: StoreError for a rank with another key."""
+    """Return when rank 0 has seen every rank, and the others have seen rank 0.
+
+    Raises: StoreError for a rank with another key.
+    """
     store.set(f"here/{world.rank}", "")
     for rank in range(world.size) if world.rank == 0 else (0,):
         name = f"here/{rank}"
@@ -187,7 +211,8 @@ def _meet(store: SignedStore, world: World, wait: Deadline) -> SignedStore:
             wait.poll(lambda name=name: store.check([name]))
         except DeadlineError as error:
             missing = [rank for rank in range(world.size) if not store.check([f"here/{rank}"])]
-            named = ", ".join(map(str, missing[:_MOST_NAMED])) + (" and more" if len(missing) > _MOST_NAMED else "")
-            raise DeadlineError(f"ranks {named} of {world.size} did not come", where="join the run", fix="read the logs of these ranks") from error
+            named = ", ".join(map(str, missing[:_MOST_NAMED]))
+            what = f"ranks {named}{' and more' if len(missing) > _MOST_NAMED else ''} of {world.size} did not come"
+            raise DeadlineError(what, where="join the run", fix="read the logs of these ranks") from error
         store.get(name)
     return store

@@ -26,11 +26,12 @@ from pathlib import Path
 
 from megatron_rpp.dist import activity, leaving
 from megatron_rpp.errors import DeadlineError, RppError
+from megatron_rpp.signals import STOP
 
 Check = Callable[[], RppError | None]
 
 _BEAT_BYTES = 1024
-STOP_S = 4.0  # from SIGTERM or SIGINT to the end of this rank, where the main thread does not act on it
+STOP_S = 4.0  # from a signal to stop to the end of this rank, where the main thread does not act on it
 SILENT_FRAC = 0.8  # of the deadline, after which a rank that does not beat is given up: with two beats below the deadline
 
 
@@ -78,7 +79,7 @@ class Watch:
             seconds = min(seconds, 0.2)
         readable, _, _ = select.select([self._wake], [], [], seconds)
         for number in self._wake.recv(64) if readable else b"":
-            if number in (signal.SIGTERM, signal.SIGINT) and self._stopped_by is None:
+            if number in STOP and self._stopped_by is None:
                 self._stopped_by = number, time.monotonic()
 
     def _end_if_due(self) -> None:
@@ -95,7 +96,7 @@ class Watch:
             return None
         return DeadlineError(
             f"rank {self.rank} is stuck: the wait did not end at its limit of {late.limit_s:g} s",
-            where=f"wait '{late.name}'",
+            where=late.name,
             got=f"{activity.current()[0]} for {late.elapsed_s:.0f} s",
             fix="look at the first error in the logs of the other ranks, and at the host of rank 0",
         )
@@ -113,7 +114,10 @@ class Stuck:
 
     def check(self) -> DeadlineError | None:
         """The error to end with when the thread has been in state D, without having run at all, for the whole deadline."""
-        status = (self._task / "status").read_text()
+        try:
+            status = (self._task / "status").read_text()
+        except OSError:  # no free file descriptor: the watch must go on beating
+            return None
         is_held = "State:\tD" in status
         switches = " ".join(line for line in status.splitlines() if "ctxt_switches" in line)
         if not is_held or switches != self._seen:
@@ -176,7 +180,7 @@ class Beat:
 
 
 class BeatFile:
-    """The file into which a rank beats for its launcher. It has its size from the start: a full disk must not look like silence."""
+    """The file into which a rank beats for its launcher. Its size stays the same: a disk that fills up must not look like silence."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -30,8 +30,9 @@ class World:
     """This process's place.
 
     master_addr, master_port: where the ranks meet; port 0 (single process only) means any that is free.
-    is_one_host: True only where it is known, by LOCAL_WORLD_SIZE, GROUP_WORLD_SIZE, or a MASTER_ADDR that is this host for every rank.
+    is_one_host: all ranks are on this host, by LOCAL_WORLD_SIZE, GROUP_WORLD_SIZE or MASTER_ADDR; False if none of them says so.
     has_agent_store: torchrun's agent hosts the store there, instead of rank 0.
+    attempt: how often that agent has restarted the ranks. Its store keeps what earlier attempts wrote.
     """
 
     rank: int = 0
@@ -44,6 +45,7 @@ class World:
     launcher: Launcher = "single"
     is_one_host: bool = True
     has_agent_store: bool = False
+    attempt: int = 0
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> World:
@@ -95,6 +97,7 @@ def _from_torchrun(env: Mapping[str, str]) -> World:
         launcher="torchrun",
         is_one_host=is_one_host,
         has_agent_store=has_agent_store,
+        attempt=_number(env, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in env else 0,
     )
 
 

@@ -57,7 +57,8 @@ def save(
 ) -> None:
     """Write everything that training needs to continue. Collective; returns when all files of all ranks are written.
 
-    directory: on a file system that all ranks see; empty or absent. Give it a temporary name and rename it afterwards.
+    directory: on a file system that all ranks see; empty or absent, in a directory that exists. Give it a
+    temporary name and rename it afterwards.
     deadline_s: longest wait for a peer. Raises: DeadlineError; StorageError when a file cannot be written.
     """
     if groups.rank == 0:

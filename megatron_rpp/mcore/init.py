@@ -31,7 +31,7 @@ def start(cfg: Config, world: World) -> Groups:
     Order: check the layout against the world, patches, default process group (gloo on CPU, nccl on CUDA; both wait at most
     `run.deadline_s`), Megatron's parallel state, seeds.
     Raises: GeometryError when tp x cp x dp x pp is not the number of processes, or ep x etp does not divide those of a stage;
-    ConfigError when CUDA is asked for and absent, or rank 0 cannot listen; StoreError when another process writes to the store of the run;
+    ConfigError when CUDA is asked for and absent, or rank 0 cannot listen; StoreError when a stranger writes to the store;
     PatchError when a patch does not fit the installed megatron-core; DeadlineError when a rank does not come.
     """
     _check_world(cfg.parallel, world)
@@ -100,7 +100,7 @@ def _check_world(parallel: Parallel, world: World) -> None:
 
 
 def _keep_gloo_on_this_host(world: World) -> None:
-    """Where all ranks are on one host, gloo listens on the loopback interface. By itself it takes the address of the host's name."""
+    """If all ranks are on one host, gloo listens on the loopback interface, not on the address of the host's name."""
     if world.is_one_host:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 

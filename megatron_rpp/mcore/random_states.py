@@ -1,4 +1,7 @@
-"""The random states of a rank, into a checkpoint and back. Imports megatron: import it only after `init.start`."""
+"""The random states of a rank, into a checkpoint and back.
+
+Imports megatron: import it only after `init.start`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(state: dict[str, Any]) -> None:
-    """Undo what happened since `random_states`. Raises: ValueError, TypeError, KeyError or RuntimeError for what is not its result."""
+    """Undo what happened since `random_states`.
+
+    Raises: ValueError, TypeError, KeyError or RuntimeError for what is not its result.
+    """
     tracker = tensor_parallel.get_cuda_rng_tracker()
     name, words, position, *_ = state["numpy"]
     if name != "MT19937" or words.shape != (_NUMPY_WORDS,) or not 0 <= position <= _NUMPY_WORDS:

@@ -8,15 +8,16 @@ from torch import Tensor
 
 
 def check_like(mine: Any, theirs: Any, path: str) -> None:
-    """Raises ValueError naming the entry of `theirs` that is of another type than in `mine`: text where that has a number.
+    """Raises ValueError naming an entry of `theirs` of another type than in `mine`: text for a number.
 
-    mine: of this run, its shards included, which are not compared. Entries that only one of both has are left aside, except in
-    parameter groups: an optimizer takes a group as it is, so it must have all entries.
+    mine: of this run, its shards included, which are not compared. Entries that only one of both has are
+    left aside, except in parameter groups: an optimizer takes a group as it is, and has defaults for
+    switches only.
     """
     if isinstance(mine, dict):
         if not isinstance(theirs, dict):
             raise ValueError(f"{path} is of type {type(theirs).__name__}, not dict")
-        for key in mine.keys() & theirs.keys():
+        for key in mine.keys() & theirs.keys() - {"params"}:  # numbers of parameters, which a layout decides
             check_like(mine[key], theirs[key], f"{path}.{key}")
     elif isinstance(mine, list | tuple) and mine and isinstance(mine[0], dict | int | float):
         _check_list(mine, theirs, path)
@@ -34,9 +35,9 @@ def _check_list(mine: list[Any] | tuple[Any, ...], theirs: Any, path: str) -> No
         raise ValueError(f"{path} is of type {type(theirs).__name__}, not a list like {mine}"[:200])
     for index, one in enumerate(theirs):
         check_like(mine[0], one, f"{path}[{index}]")
-        missing = sorted(set(map(str, mine[0])) - set(map(str, one)) - {"params", "step"}) if are_groups else []
-        if missing:
-            raise ValueError(f"{path}[{index}] has no {missing[0]}")
+        for key, value in mine[0].items() if are_groups else ():
+            if key not in one and key not in ("params", "step") and not (value is None or isinstance(value, bool)):
+                raise ValueError(f"{path}[{index}] has no {key}")
 
 
 def _kind(value: Any) -> str | None:

@@ -1,7 +1,8 @@
-"""A sharded state dict filled from a checkpoint's files, without torch's and Megatron's readers, which unpickle what they find.
+"""A sharded state dict from a checkpoint's files, without torch's and Megatron's readers, which unpickle.
 
-Megatron's `dist_checkpointing.load` takes both strategies from here: the common part is already in memory, and tensors and objects
-come through `torch_dist`, which builds data only. Imports megatron: import it only after `init.start`.
+Megatron's `dist_checkpointing.load` takes both strategies from here: the common part is already in memory,
+and tensors and objects come through `torch_dist`, which builds data only. Imports megatron: import it only
+after `init.start`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from megatron_rpp.torch_dist.blob import Blob
 from megatron_rpp.torch_dist.listing import Chunk, Listing, Stored
 from megatron_rpp.torch_dist.pickles import FETCH
 
-# Transformer Engine keeps the scales of FP8 training as bytes that it unpickles itself. A module keeps its own instead.
+# Transformer Engine keeps the scales of FP8 training as bytes that it unpickles itself. A module keeps its
+# own instead.
 _PICKLED_BY_OTHERS = "_extra_state"
 
 
 def load_sharded(state: dict[str, Any], listing: Listing, common: Mapping[str, Any]) -> dict[str, Any]:
-    """The state with its shards read, tensors in place where they have memory, merged with `common`. Collective.
+    """The state with its shards read, in place where they have memory, and with `common`. Collective.
 
-    Raises: CheckpointError on the ranks that meet it, before a tensor is overwritten when a key, a shape or an object is to blame.
+    Raises: CheckpointError on the ranks that meet it, before a tensor is overwritten when a key, a shape or
+    an object is to blame.
     """
     with _Files() as files:
         return dist_checkpointing.load(state, str(listing.folder), _Sharded(listing, files), _CommonPart(common))
@@ -118,6 +121,9 @@ class _Sharded(_AnyVersion, LoadShardedStrategy):
         if not is_same:
             what = f"{wanted.key} has another shape"
             raise CheckpointError(what, where=str(self.listing.folder), expected=tuple(wanted.global_shape), got=stored.shape)
+        if stored.dtype.is_floating_point != wanted.dtype.is_floating_point:
+            what = f"{wanted.key} has another kind of elements"
+            raise CheckpointError(what, where=str(self.listing.folder), expected=wanted.dtype, got=stored.dtype)
         return stored
 
     def _objects(self, wanted: list[ShardedObject]) -> dict[int, Any]:
@@ -139,7 +145,7 @@ class _Sharded(_AnyVersion, LoadShardedStrategy):
         return found
 
     def _filled(self, wanted: ShardedTensor, stored: Stored) -> Tensor:
-        """The local tensor with everything of it that the checkpoint holds; zero elsewhere, which is padding."""
+        """The local tensor with what the checkpoint holds of it; zero elsewhere, which is padding."""
         if wanted.data is None:
             wanted.init_data("cpu")
         local = wanted.data.detach()
@@ -162,7 +168,7 @@ class _Sharded(_AnyVersion, LoadShardedStrategy):
 
 
 def _common_box(offset: tuple[int, ...], shape: torch.Size | tuple[int, ...], chunk: Chunk) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """What a local tensor and a chunk share, in the coordinates of each; empty slices where they share nothing."""
+    """What a local tensor and a chunk share, in the coordinates of each. Empty slices: nothing."""
     here, there = [], []
     for mine, num_mine, theirs, num_theirs in zip(offset, shape, chunk.offsets, chunk.sizes, strict=True):
         first, last = max(mine, theirs), min(mine + num_mine, theirs + num_theirs)

@@ -20,7 +20,7 @@ class ChannelError(Exception):
 
 
 class Channel:
-    """One end of a stream socket. deadline: a time.monotonic() value, or None to wait for ever.
+    """One end of a stream socket. deadline: a time.monotonic() value, or None to wait forever.
 
     max_bytes: the longest message that may arrive; None for any length.
     one_sender: every byte must come from the process that sent the first one. The kernel names the sender, so a copy of the

@@ -15,20 +15,21 @@ _MAX_LINE_BYTES = 2000
 
 
 @contextlib.contextmanager
-def shown_escaped() -> Iterator[int]:
-    """A descriptor for the stderr of a process that is started inside the block.
+def shown_escaped() -> Iterator[tuple[int, threading.Thread]]:
+    """A descriptor for the stderr of a process that is started inside the block, and the thread that shows what comes.
 
-    A thread shows what is written to it until the process, and all that inherited the descriptor, have ended.
+    The thread ends when the process, and all that inherited the descriptor, have ended.
     """
     source, sink = os.pipe()
+    thread = threading.Thread(target=_show, args=(source,), name="output of a verifier", daemon=True)
     try:
-        threading.Thread(target=_show, args=(source,), name="output of a verifier", daemon=True).start()
+        thread.start()
     except RuntimeError:  # this host starts no more threads
         os.close(source)
         os.close(sink)
         raise
     try:
-        yield sink
+        yield sink, thread
     finally:
         os.close(sink)
 

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from dataclasses import astuple
+from pathlib import Path
 
 from megatron_rpp.errors import RewardError
 from megatron_rpp.reward.base import FailureKind, RewardInput
@@ -23,6 +24,7 @@ from megatron_rpp.search_path import python_module, with_working_directory
 
 MARK = "RPP_VERIFIER"  # an environment variable whose value all processes of one verifier inherit
 _DYING_S = 5.0  # how long a verifier that has left its socket may take to end by itself
+_SHOWN_S = 1.0  # for the last lines of a process that has ended
 _FAILURES = ("memory", "exception", "bad value")
 
 
@@ -42,6 +44,7 @@ class Verifier:
         self._where = f"reward.name={name}"
         self._process: subprocess.Popen[bytes] | None = None  # the supervisor, parent of the verifier
         self._channel: Channel | None = None
+        self._shown: threading.Thread | None = None  # shows what the process prints
         self._mark = ""
         self._stopped = False
         self._lock = threading.Lock()  # a pid is signaled only while it is unreaped, hence ours
@@ -94,7 +97,7 @@ class Verifier:
             mark, fd = secrets.token_hex(16), theirs.fileno()
             settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
             settings |= {"PYTHONPATH": os.pathsep.join(with_working_directory()), MARK: mark}
-            with shown_escaped() as output:
+            with shown_escaped() as (output, self._shown):
                 self._process = subprocess.Popen(
                     [*python_module("megatron_rpp.reward.worker"), str(fd), str(os.getpid())],
                     env={**os.environ, **settings},
@@ -155,6 +158,7 @@ class Verifier:
             code = process.wait()
         if ended_by_itself or not is_swept:  # the supervisor may have been killed itself, or stopped
             _kill_marked(self._mark)
+        self._shown.join(_SHOWN_S)
         if grace_s and not ended_by_itself:
             return "it closed the socket of the pool, and was killed"
         return f"exit code {code}" if code >= 0 else f"killed by {_signal_name(-code)}"
@@ -199,10 +203,17 @@ def _kill_marked(mark: str) -> None:
     while is_any_left and time.monotonic() < deadline:
         is_any_left = False
         for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as environ:  # empty once it has ended
-                if wanted in environ.read().split(b"\0"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+                variables = file.read().split(b"\0")
+                if wanted in variables:
                     os.kill(int(pid), signal.SIGKILL)
-                    is_any_left = True
+                is_any_left |= wanted in variables or _is_starting(pid, variables)
+        time.sleep(0.002)
+
+
+def _is_starting(pid: str, variables: list[bytes]) -> bool:
+    """Whether a process is within exec: it has memory, and its variables cannot be read yet. One that has ended has neither."""
+    return variables == [b""] and not Path(f"/proc/{pid}/statm").read_bytes().startswith(b"0 ")
 
 
 def _signal_name(number: int) -> str:

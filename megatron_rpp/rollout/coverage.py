@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_rpp.errors import EngineError
-from megatron_rpp.input_file import read_object
+from megatron_rpp.input_file import open_file, parse_json, read_object
 from megatron_rpp.rollout import device_memory, worker
 
 WHOLE_FILE = "expected.json"  # HF name -> shape of every tensor of the HF directory
 TENSORS_FILE = "tensors.json"  # the same, in an HF directory that has no weights
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_NAMED = 3  # names spelt out in an error
 CACHE_SCALES = (".k_scale", ".v_scale")  # endings of parameters that belong to the key-value cache of an FP8 model, not to its weights
 
@@ -160,16 +161,27 @@ def write_expected(hf: Path) -> int:
     """Note the tensors that an update of whole ones must bring, from the headers of the HF directory's files; their number.
 
     A directory without weights names them in TENSORS_FILE. A tied output matrix that the files hold all the same is left out:
-    SGLang skips it.
+    SGLang skips it. Raises: EngineError when a header cannot be read.
     """
     found: dict[str, list[int]] = {}
     for path in sorted(hf.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        found |= _shapes(path)
     if (hf / TENSORS_FILE).exists():
-        found = json.loads((hf / TENSORS_FILE).read_text(encoding="utf-8"))
+        found = read_object(hf / TENSORS_FILE, EngineError)
     if read_object(hf / "config.json", EngineError).get("tie_word_embeddings"):
         found.pop("lm_head.weight", None)
     worker.write_json(worker.folder() / WHOLE_FILE, found)
     return len(found)
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Of the tensors in a safetensors file."""
+    try:
+        with open_file(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = parse_json(file.read(min(length, _MAX_HEADER_BYTES)))
+        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    except OSError as error:
+        raise EngineError("cannot read the file", where=str(path), got=error.strerror) from None
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise EngineError("the header is not that of a safetensors file", where=str(path), got=error) from None

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +18,16 @@ import zmq
 from megatron_rpp.errors import DeadlineError, EngineError, StaleWeightsError
 from megatron_rpp.rollout.memory import Bucket, Outbox
 from megatron_rpp.rollout.process import EngineProcess
-from megatron_rpp.rollout.request import Completion, Request
+from megatron_rpp.rollout.request import Completion, EngineBeat, EngineInfo, Request
 from megatron_rpp.rollout.settings import SOCKET_NAME, EngineSettings
 
 Announced = Mapping[str, tuple[Sequence[int], int]]  # see Engine.update_shards
 Packed = Mapping[str, Any]  # what the `pack` of an outbox returns
 
+PAUSE_S = 2.0  # a longer gap between two looks means that this process did not run
 POLL_S = 0.25  # how often a wait looks whether the process is still alive
 REPLY_S = 60.0  # for requests that need no model
 UPDATE_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What an engine said of itself when it started. is_seeded: equal seeds give equal tokens, whatever else is in the batch."""
-
-    pid: int
-    reports: tuple[dict[str, Any], ...]  # one for each process: pid, role, rank, patches
-    is_seeded: bool
-    start_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """The last sign of life. quiet_s: how long SGLang's workers had sent nothing; in_flight: as the server counts."""
-
-    received: float
-    in_flight: int
-    quiet_s: float
-
-    def describe(self) -> str:
-        age_s = time.monotonic() - self.received
-        return f"last beat {age_s:.1f} s ago: {self.in_flight} requests in flight, workers quiet for {self.quiet_s:.1f} s"
 
 
 class Engine:
@@ -66,7 +43,8 @@ class Engine:
         self.version: int | None = None
         self.info: EngineInfo | None = None
         self.in_flight: dict[str, Request] = {}
-        self.beat: Beat | None = None
+        self.beat: EngineBeat | None = None
+        self._looked, self._paused_s = time.monotonic(), 0.0  # the last look at the engine; see _note_pause
         self._launched = self._progress = time.monotonic()  # _progress: when tokens were last known to come
         self._dead: str | None = None
         self._released: set[str] = set()
@@ -346,9 +324,10 @@ class Engine:
         request_id = self._ids
         self._socket.send_string(json.dumps({"id": request_id, "op": op, "args": args}))
         deadline_s = min(deadline_s, self._deadline_s)
-        limit = time.monotonic() + deadline_s
+        self._looked = time.monotonic()
+        limit, paused_s = self._looked + deadline_s, self._paused_s
         while request_id not in self._replies:
-            if time.monotonic() > limit:
+            if time.monotonic() > limit + self._paused_s - paused_s:
                 self._dead = f"no answer to {op}"
                 raise self._unanswered(op, deadline_s)
             self._dispatch(self._receive(POLL_S))
@@ -359,12 +338,23 @@ class Engine:
 
     def _receive(self, timeout_s: float) -> dict[str, Any] | None:
         """The next message, or None. Raises: EngineError when nothing came and the process has ended."""
-        if self._socket.poll(timeout_s * 1000):
+        self._note_pause()
+        is_there = self._socket.poll(timeout_s * 1000)
+        self._note_pause()
+        if is_there:
             return json.loads(self._socket.recv())
         if not self._process.is_alive:
             self._dead = self._dead or "its process ended"
             raise self._process.died()
         return None
+
+    def _note_pause(self) -> None:
+        """A time in which this process did not look counts for no limit: both may have been stopped together."""
+        now = time.monotonic()
+        if now - self._looked > PAUSE_S:
+            self._paused_s += now - self._looked
+            self._progress = min(now, self._progress + now - self._looked)
+        self._looked = now
 
     def _dispatch(self, message: dict[str, Any] | None) -> None:
         if message is None:
@@ -373,7 +363,7 @@ class Engine:
         if event is None:
             self._replies[message["id"]] = message
         elif event == "beat":
-            self.beat = Beat(time.monotonic(), message["in_flight"], message["quiet_s"])
+            self.beat = EngineBeat(time.monotonic(), message["in_flight"], message["quiet_s"])
             self._progress = max(self._progress, self.beat.received - self.beat.quiet_s)
         elif event == "finished":
             key = message["key"]

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from megatron_rpp.errors import EngineError
+from megatron_rpp.host import state_of
 from megatron_rpp.leftovers import PrivateFolder
 from megatron_rpp.rollout.settings import FOLDER_VARIABLE, EngineSettings, environment
 from megatron_rpp.search_path import python_module
@@ -60,10 +61,7 @@ class EngineProcess:
     @property
     def state(self) -> str:
         """What the kernel says of the process, as "in state stopped"."""
-        try:
-            return f"in state {psutil.Process(self.pid).status()}"
-        except psutil.NoSuchProcess:
-            return "gone"
+        return state_of(self.pid)
 
     def stopped_s(self) -> float:
         """How long the process has been stopped (SIGSTOP), as far as this function was called meanwhile. Units: seconds."""

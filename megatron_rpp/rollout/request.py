@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_rpp.types import FinishReason
 
@@ -56,3 +58,26 @@ class Completion:
     logp: tuple[float, ...]
     finish_reason: FinishReason
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine said of itself when it started. is_seeded: equal seeds give equal tokens, whatever else is in the batch."""
+
+    pid: int
+    reports: tuple[dict[str, Any], ...]  # one for each process: pid, role, rank, patches
+    is_seeded: bool
+    start_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineBeat:
+    """The last sign of life. quiet_s: how long SGLang's workers had sent nothing; in_flight: as the server counts."""
+
+    received: float
+    in_flight: int
+    quiet_s: float
+
+    def describe(self) -> str:
+        age_s = time.monotonic() - self.received
+        return f"last beat {age_s:.1f} s ago: {self.in_flight} requests in flight, workers quiet for {self.quiet_s:.1f} s"

@@ -43,7 +43,8 @@ def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, p
 
 
 def list_shared_memory() -> None:
-    """From here on, list the semaphores and segments that this process makes in the engine's folder, for whoever cleans up."""
+    """From here on, list the semaphores and segments that this process makes in the engine's folder, so that they
+    can be removed if the engine is killed."""
     register = resource_tracker.register
 
     def list_and_register(name: str, kind: str) -> None:

@@ -1,7 +1,7 @@
-"""What `torch.save` writes: a zip of a pickle and of the storages that it names, read as a range of a larger file.
+"""What `torch.save` writes: a zip of a pickle and of the storages that it names, read from a larger file.
 
-Only what `torch.save` makes of a tensor or a plain object is read: stored records, little-endian, no code. The size of every
-record is compared with the range before memory is taken.
+Only what `torch.save` makes of a tensor or a plain object is read: stored records, little-endian, no code.
+The size of every record is compared with the range before memory is taken.
 Source: torch/serialization.py and caffe2/serialize/inline_container.cc.
 """
 
@@ -60,7 +60,10 @@ class Blob:
         return record
 
     def tensor(self) -> Piece:
-        """The description of the one tensor that the blob is. Raises: CheckpointError when it is anything else."""
+        """The description of the one tensor that the blob is.
+
+        Raises: CheckpointError when it is anything else.
+        """
         piece = unpickle(self.pickle, where=f"{self.span.file}: {self.what}", tensor=lambda piece: piece)
         if type(piece) is not Piece:
             raise self._wrong("is not a tensor", type(piece).__name__)
@@ -79,7 +82,10 @@ class Blob:
         return storage.as_strided(piece.shape, piece.strides, piece.offset)
 
     def first_byte(self, piece: Piece) -> int:
-        """Where in the file the storage of a tensor begins. Raises: CheckpointError when it is not all there; OSError."""
+        """Where in the file the storage of a tensor begins.
+
+        Raises: CheckpointError when it is not all there; OSError.
+        """
         num_bytes = piece.numel * piece.dtype.itemsize
         try:
             record = self._record(f"data/{piece.record}")
@@ -98,7 +104,10 @@ class Blob:
 
 
 def fill(stream: BinaryIO, tensor: Tensor, where: str) -> None:
-    """Reads a contiguous tensor from where a file stands. Raises: CheckpointError when the file ends before it; OSError."""
+    """Reads a contiguous tensor from where a file stands.
+
+    Raises: CheckpointError when the file ends before it; OSError.
+    """
     wanted = memoryview(tensor.flatten().view(torch.uint8).numpy())
     while len(wanted):
         got = stream.readinto(wanted)  # type: ignore[attr-defined]  # the kernel may hand over less than was asked for

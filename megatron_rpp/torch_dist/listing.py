@@ -1,7 +1,8 @@
-"""Where the tensors and objects of a torch_dist checkpoint lie. Neither megatron nor a process group is needed.
+"""Where the tensors and objects of a torch_dist checkpoint lie. It needs no megatron and no process group.
 
 Every box and every range is compared with the tensor and the file that it lies in before anything is read.
-Source: torch.distributed.checkpoint (filesystem.py, metadata.py) and megatron.core.dist_checkpointing, format "torch_dist" 1.
+Source: torch.distributed.checkpoint (filesystem.py, metadata.py) and megatron.core.dist_checkpointing,
+format "torch_dist" 1.
 """
 
 from __future__ import annotations
@@ -70,9 +71,10 @@ def is_torch_dist(folder: Path) -> bool:
 def read_listing(folder: Path) -> Listing:
     """Every tensor and object of a checkpoint by its key, optimizer state included.
 
-    Raises: CheckpointError naming the file, and the key where one is to blame: no list, not a list, a pickle that names more than
-    data, another format, chunks that leave their tensor or do not cover it once, a blob that is missing or reaches past the end of
-    its file, and files that differ in name or size from those of files.json where there is one.
+    Raises: CheckpointError naming the file, and the key where one is to blame: no list, not a list, a
+    pickle that names more than data, another format, chunks that leave their tensor or do not cover it
+    once, a blob that is missing or reaches past the end of its file, and files that differ in name or size
+    from those of files.json where there is one.
     """
     if (folder / MANIFEST).exists():  # Megatron-LM writes none
         for name, recorded in read_manifest(folder).items():
@@ -171,7 +173,10 @@ class _Reader:
 
 
 def _overlap(chunks: Sequence[Chunk]) -> Sizes | None:
-    """The offsets of a chunk that another one overlaps, None where there is none. Sweeps along the axis with the most cuts."""
+    """The offsets of a chunk that another one overlaps, None where there is none.
+
+    Sweeps along the axis with the most cuts.
+    """
     if len(chunks) < 2 or not chunks[0].sizes:
         return chunks[0].offsets if len(chunks) > 1 else None
     axis = max(range(len(chunks[0].sizes)), key=lambda axis: len({chunk.offsets[axis] for chunk in chunks}))
@@ -192,7 +197,8 @@ def _do_overlap(left: Chunk, right: Chunk) -> bool:
 def first_element(stream: BinaryIO, chunk: Chunk, key: str, dtype: torch.dtype) -> int:
     """Where in the chunk's file its first element lies; the others follow in C order.
 
-    Raises: CheckpointError naming the file and the tensor when the blob is not one tensor of that shape and dtype; OSError.
+    Raises: CheckpointError naming the file and the tensor when the blob is not one tensor of that shape and
+    dtype; OSError.
     """
     what = f"{key} {list(chunk.offsets)}"
     blob = Blob(stream, chunk.span, what)
@@ -221,7 +227,8 @@ def read_common(folder: Path) -> dict[str, Any]:
 
 
 def read_header(folder: Path) -> dict[str, Any] | None:
-    """What `write_common` was given as "header", or a run's checkpoint says of itself. None where another program wrote the file.
+    """What `write_common` was given as "header", or a run's checkpoint says of itself. None where another
+    program wrote the file.
 
     Raises: CheckpointError naming a file that is missing, damaged, or names more than data.
     """
@@ -229,7 +236,10 @@ def read_header(folder: Path) -> dict[str, Any] | None:
 
 
 def header_of(common: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
-    """The header in the common part; None where there is none. Raises: CheckpointError when it is more than plain values."""
+    """The header in the common part; None where there is none.
+
+    Raises: CheckpointError when it is more than plain values.
+    """
     header = common.get("header")
     if header is not None and (not isinstance(header, dict) or not is_plain(header)):
         raise CheckpointError("the header is not a dict of plain values", where=str(folder / COMMON), fix=FETCH)

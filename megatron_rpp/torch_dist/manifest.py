@@ -1,6 +1,6 @@
 """The list of a checkpoint's files: name -> bytes and CRC-32. Written last, compared before anything is read.
 
-It finds damage. It is no defense: whoever changes a file can change the list.
+It finds damage. It is no defense: anyone who can change a file can change the list too.
 """
 
 from __future__ import annotations
@@ -13,29 +13,32 @@ from typing import Any
 
 from megatron_rpp.errors import CheckpointError
 from megatron_rpp.files import write_whole
-from megatron_rpp.input_file import parse_json, read_bytes
+from megatron_rpp.input_file import MAX_JSON_BYTES, parse_json, read_bytes
 from megatron_rpp.torch_dist.pickles import FETCH
 
 MANIFEST = "files.json"
-_LARGEST = 2**26  # bytes of a JSON file in a checkpoint
 
 Fingerprint = dict[str, int]
 
 
 def read_json_file(file: Path) -> Any:
-    """A small JSON file of a checkpoint. Raises: CheckpointError naming it when it is no regular file, too large, or not JSON."""
+    """A small JSON file of a checkpoint.
+
+    Raises: CheckpointError naming it when it is no regular file, too large, or not JSON.
+    """
     try:
-        return parse_json(read_bytes(file, max_bytes=_LARGEST))
+        return parse_json(read_bytes(file, max_bytes=MAX_JSON_BYTES))
     except OSError as error:
-        raise CheckpointError("the file cannot be read", where=str(file), got=error.strerror, fix=FETCH) from error
+        raise CheckpointError("cannot read the file", where=str(file), got=error.strerror, fix=FETCH) from error
     except ValueError as error:
-        raise CheckpointError("the file cannot be read as JSON", where=str(file), got=error, fix=FETCH) from error
+        raise CheckpointError("cannot read the file as JSON", where=str(file), got=error, fix=FETCH) from error
 
 
 def read_manifest(folder: Path) -> dict[str, Fingerprint]:
     """The fingerprint of every file of a checkpoint, by its name.
 
-    Raises: CheckpointError when the list is missing or malformed, or when it and the directory do not hold the same files.
+    Raises: CheckpointError when the list is missing or malformed, or when it and the directory do not hold
+    the same files.
     """
     file = folder / MANIFEST
     if not file.exists():

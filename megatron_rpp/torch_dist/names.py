@@ -1,8 +1,9 @@
 """Everything that a pickle in a checkpoint may name, and what it gets for each name.
 
-Nothing here is the object that the name stands for. Tensors are described, numpy arrays take numbers only, and an instance of any
-other class becomes a `Record`, which has a name and a state and no behavior.
-Source: torch/_utils.py, torch/distributed/checkpoint, megatron/core/safe_globals.py and numpy's __reduce__ methods.
+Nothing here is the object that the name stands for. Tensors are described, numpy arrays take numbers only,
+and an instance of any other class becomes a `Record`, which has a name and a state and no behavior.
+Source: torch/_utils.py, torch/distributed/checkpoint, megatron/core/safe_globals.py and numpy's __reduce__
+methods.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """What stands for an importable object. call: what a pickle gets that calls it, or creates an instance."""
+    """What stands for an importable object. call: what a pickle gets that calls it, or makes an instance."""
 
     name: str
     call: Callable[..., Any]
@@ -117,7 +118,7 @@ def _list_of_keys(values: Any = ()) -> list[Any]:
 
 
 def as_key(value: Any) -> Any:
-    """A key of a dict. A tuple is none: hashing a nest of tuples that share their parts takes for ever."""
+    """A key of a dict. A tuple is none: hashing a nest of tuples that share their parts takes forever."""
     if isinstance(value, Record) and value.kind == "MetadataIndex":
         offset = value.state.get("offset") if isinstance(value.state, dict) else None
         return value.field("fqn", str), None if offset is None else sizes(offset)
@@ -143,7 +144,8 @@ def _piece(record: str, dtype: Any, numel: int, view: tuple[Any, Any, Any]) -> P
     offset, shape, strides = view
     (offset,), shape, strides = sizes([offset]), sizes(shape), sizes(strides)
     last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    # A view may not be larger than its storage: one with strides of 0 would ask for any amount of memory when it is copied.
+    # A view may not be larger than its storage: one with strides of 0 would ask for any amount of memory
+    # when it is copied.
     if type(record) is not str or type(numel) is not int or not isinstance(dtype, torch.dtype):
         raise ValueError("not a storage")
     if math.prod(shape) > numel or (math.prod(shape) and offset + last >= numel):
@@ -199,8 +201,9 @@ _STORAGES = {
 _DTYPES = (*_STORAGES.values(), torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
 _METADATA = "torch.distributed.checkpoint.metadata."
 _PLANNER = "torch.distributed.checkpoint.planner."
-# Classes whose instances become records: what the list of tensors is made of, then what Megatron keeps beside it. Of the second
-# kind nothing is used. Megatron-LM lets the same classes into its common.pt (megatron/core/safe_globals.py).
+# Classes whose instances become records: what the list of tensors is made of, then what Megatron keeps
+# beside it. Of the second kind nothing is used. Megatron-LM lets the same classes into its common.pt
+# (megatron/core/safe_globals.py).
 _RECORDS = (
     *(f"{_METADATA}{name}" for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata")),
     *(f"{_METADATA}{name}" for name in ("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta")),

@@ -1,12 +1,14 @@
 """The pickles in a checkpoint, read by an interpreter that can build data and nothing else.
 
-A pickle is a program: it names importable objects and calls them. This interpreter imports nothing that a pickle names. It looks
-each name up in the table of names.py and uses the constructor written there, or refuses the file. Opcodes that torch and Megatron do not
-write are refused too. It is Python's own pure-Python interpreter underneath, because the C version allocates what a length or an
-index in the file asks for before it looks whether the file is that long.
+A pickle is a program: it names importable objects and calls them. This interpreter imports nothing that a
+pickle names. It looks each name up in the table of names.py and uses the constructor written there, or
+refuses the file. Opcodes that torch and Megatron do not write are refused too. It is Python's own
+pure-Python interpreter underneath, because the C version allocates what a length or an index in the file
+asks for before it looks whether the file is that long.
 
-torch's `weights_only=True` is not enough here: it calls the functions on its list with any arguments, Megatron adds classes to
-that list, and neither the list of tensors nor the objects of a checkpoint are read with it.
+torch's `weights_only=True` is not enough here: it calls the functions on its list with any arguments,
+Megatron adds classes to that list, and neither the list of tensors nor the objects of a checkpoint are read
+with it.
 Source: pickle.py and pickletools.py of CPython; torch/serialization.py; torch/distributed/checkpoint.
 """
 
@@ -137,10 +139,13 @@ def _dict(value: Any) -> dict[Any, Any]:
 
 
 def unpickle(data: bytes, *, where: str, tensor: Callable[[Piece], Any] | None = None) -> Any:
-    """What a pickle stands for, built of plain values, tensors, arrays of numbers and `Record`s. A set becomes a list.
+    """What a pickle stands for, built of plain values, tensors, arrays of numbers and `Record`s. A set
+    becomes a list.
 
-    tensor: makes a tensor of its description; None: there are no tensors in this pickle. where: names it in an error.
-    Raises: CheckpointError for a name that is not on the list, and for a damaged pickle; what `tensor` raises.
+    tensor: makes a tensor of its description; None: there are no tensors in this pickle. where: names it in
+    an error.
+    Raises: CheckpointError for a name that is not on the list, and for a damaged pickle; what `tensor`
+    raises.
     """
     try:
         found = _Interpreter(data, tensor).load()
@@ -155,7 +160,9 @@ def unpickle(data: bytes, *, where: str, tensor: Callable[[Piece], Any] | None =
 
 
 def _check_size(value: Any, limit: int) -> None:
-    """Raises ValueError for a deep nest, and for one whose parts share theirs, so that a few bytes stand for billions of values."""
+    """Raises ValueError for a deep nest, and for one whose parts share theirs, so that a few bytes stand
+    for billions of values.
+    """
     level, num_values = [value], 0
     for _ in range(_DEPTH):
         inner: list[Any] = []

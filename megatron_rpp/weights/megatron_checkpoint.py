@@ -19,6 +19,7 @@ from megatron_rpp.weights.megatron_keys import Place, has_experts, places
 from megatron_rpp.weights.raw_file import RawFile, read_rect
 from megatron_rpp.weights.rect import Rect, Shape, as_matrix
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What Megatron keeps under keys of its own beside the model's weights.
 HEAD_KEY = "output_layer.weight"
 _NO_WEIGHTS = ("optimizer.", "chained_", "rng_state")
@@ -155,6 +156,8 @@ def open_megatron(folder: Path | str, model: Model) -> MegatronCheckpoint:
             fix = 'config.json ties the head to the embedding; to keep this head, set "tie_word_embeddings": false'
         raise CheckpointError("tensors that the model has no place for", where=str(folder), got=_some(extra), fix=fix)
     for place in wanted:
+        if (dtype := stored[place.key].dtype) not in _DTYPES:
+            raise CheckpointError(f"{place.key} is of another dtype", where=str(folder), expected=_DTYPES, got=dtype)
         _check_shape(folder, place, stored[place.key].shape)
     return MegatronCheckpoint(folder, model, stored, wanted)
 

@@ -129,4 +129,11 @@ class Unfinished:
 def _are_entries(files: Any) -> bool:
     """Whether a journal's files are what `writing` notes: it may have been cut off by a full disk, or changed."""
     keys = {"bytes", "crc32", "notes"}
-    return isinstance(files, dict) and all(isinstance(entry, dict) and entry.keys() == keys for entry in files.values())
+    if not isinstance(files, dict) or any(not isinstance(entry, dict) or entry.keys() != keys for entry in files.values()):
+        return False
+    notes = [entry["notes"] for entry in files.values()]
+    return all(note is True or (isinstance(note, list) and all(map(_is_span, note))) for note in notes)
+
+
+def _is_span(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value)

@@ -65,7 +65,7 @@ def absent(host_group: dist.ProcessGroup) -> None:
     if world.rank == 1:
         with doing("save"):
             time.sleep(600)
-    gather_objects("here", host_group, name="checkpoint files", deadline_s=2.0)
+    gather_objects("here", host_group, name="checkpoint files", deadline_s=4.0)
 
 
 def run() -> None:

@@ -17,8 +17,8 @@ from tests.dist.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 RANK = str(Path(__file__).with_name("silent_rank.py"))
-DEADLINE_S = 6.0
-END_S = 7.0  # from a rank's report to the end of the last process: SIGTERM, and the time of a main thread that does not act on it
+DEADLINE_S = 10.0
+END_S = 20.0  # from a rank's report to the end of the last process, on a busy host too
 
 LAUNCHER = """
 import sys
@@ -50,7 +50,7 @@ class Run:
         return int((self.notes / f"pid-{rank}").read_text())
 
     def await_ready(self) -> None:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 150
         while not all((self.notes / f"ready-{rank}").exists() for rank in (0, 1)):
             ended = [process.communicate()[1] for process in self.processes if process.poll() is not None]
             assert not ended and time.monotonic() < limit, f"not ready: {ended}"
@@ -59,13 +59,13 @@ class Run:
     def stop(self, rank: int) -> float:
         """Stop a rank once all are ready; when."""
         self.await_ready()
-        time.sleep(DEADLINE_S / 10)  # two beats in the phase
+        time.sleep(DEADLINE_S / 5)  # four beats in the phase
         os.kill(self.pid(rank), signal.SIGSTOP)
         return time.monotonic()
 
     def wait(self, number: int = 0) -> tuple[int, str]:
         """Exit code and standard error of one of the processes, which must end by itself."""
-        _, errors = self.processes[number].communicate(timeout=60)
+        _, errors = self.processes[number].communicate(timeout=120)
         return self.processes[number].returncode, errors
 
     def left(self) -> list[int]:
@@ -87,7 +87,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
         "collective": {},
         "roll_out": {},
         "roll_out by itself": {"by_launcher": False},
-        "long_roll_out": {"deadline_s": 3.0},
+        "long_roll_out": {"deadline_s": 5.0},
         "absent": {"by_launcher": False},
     }
     started = {name: Run(name.partition(" ")[0], tmp_path_factory.mktemp("run"), **named) for name, named in kinds.items()}
@@ -148,6 +148,6 @@ def test_a_wait_that_runs_out_says_what_the_absent_rank_is_doing_and_the_process
     """The absent rank beats, so it is not silent. The group's own time out is a year."""
     code, errors = runs["absent"].wait(0)
     assert code == 1
-    assert "wait 'checkpoint files': rank 0 waited longer than 2 s" in errors
+    assert "wait 'checkpoint files': rank 0 waited longer than 4 s" in errors
     assert "last seen: rank 1: save for" in errors
     assert "Traceback" not in errors

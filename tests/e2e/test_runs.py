@@ -86,7 +86,7 @@ def test_a_rank_that_is_stopped_in_its_roll_out_is_named_in_time_and_nothing_of_
             assert process.poll() is None
             time.sleep(0.02)
         time.sleep(deadline_s / 10)  # two beats
-        ranks = psutil.Process(process.pid).children()
+        ranks = [each for each in psutil.Process(process.pid).children() if "RANK" in each.environ()]
         everyone = [*ranks, *ranks[0].children(recursive=True)]
         assert any("megatron_rpp.rollout.server" in each.cmdline() for each in everyone)
         for each in (ranks[0], *ranks[0].children(recursive=True)):
@@ -98,7 +98,7 @@ def test_a_rank_that_is_stopped_in_its_roll_out_is_named_in_time_and_nothing_of_
     assert "rank 1, rollout / wait 'roll-out 2': rank 0 has been silent for" in output
     assert output.count("the last one said: rollout / sampling step 2 for") == 2  # to its peer, and to the launcher
     assert "Traceback" not in output
-    assert took_s < deadline_s + 15.0
+    assert took_s < deadline_s + 30.0
     assert not [each for each in everyone if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
     assert not runs.processes_of(run_dir)
 
@@ -156,7 +156,7 @@ def test_the_gsm8k_example_runs_through_chat_template_packing_and_the_math_verif
     """A random model boxes nothing, so the verifier's word is 0 each time; a run without it would not end so.
 
     With dynamic sampling no prompt is worth keeping: each step ends at the cap, with a group for each of the two minibatches. The
-    correction rejects every token of them, so that no step is made, which is said once.
+    correction rejects every token of them, so that each step is skipped, which is said each time.
     """
     yaml = runs.ROOT / "examples" / "gsm8k" / "tiny.yaml"
     words = ("preset=prorl_v2", "rollout.max_refills=1", "correction.low=1.5", "algo.kl_loss_coef=0")
@@ -167,7 +167,8 @@ def test_the_gsm8k_example_runs_through_chat_template_packing_and_the_math_verif
     assert [(record["draw/refills"], record["draw/kept_groups"], record["batch/prompts"]) for record in steps] == [(1, 2, 2.0)] * 3
     assert run.column("adv/is_degenerate") == [1.0] * 3
     assert [(record["policy/skipped_minibatches"], record["policy/grad_norm"]) for record in steps] == [(2, 0.0)] * 3
-    assert run.output.count("step 1: 2 of 2 minibatches have no token to learn from") == run.output.count("minibatches have no token") == 1
+    assert run.column("batch/empty_steps") == [1] * 3
+    assert [run.output.count(f"step {step} is skipped: ") for step in (1, 2, 3)] == [1, 1, 1]
     assert "step 1: 2 of 4 prompts after 1 refills; the scores differ in 0% of the sampled groups" in run.output
     assert run.column("score/failed_frac") == [0.0] * 3
     assert run.column("score/mean") == [0.0] * 3

@@ -94,7 +94,10 @@ def flipped(content: bytes, chance: random.Random, *, within: int | None = None)
 
 
 def damage(step_dir: Path, seed: int, marker: Path) -> str:
-    """Damage a copy of a checkpoint in the way of `seed`, and say how. Half of them with the checksums made right again."""
+    """Damage a copy of a checkpoint in the way of `seed`, and say how.
+
+    Most have their checksums made right again.
+    """
     chance = random.Random(f"{SEED}/{seed}")
     policy = step_dir / POLICY
     kind = list(KINDS)[seed % len(KINDS)]
@@ -144,7 +147,9 @@ def _files(step_dir: Path, chance: random.Random, marker: Path) -> str:
 
 
 def _odd_json(value: Any, chance: random.Random) -> Any:
-    """The value with one entry, at any depth, of another type; or with an entry that is missing or too many."""
+    """The value with one entry, at any depth, of another type; or with an entry that is missing or too
+    many.
+    """
     if isinstance(value, dict) and value and chance.random() < 0.8:
         key = chance.choice(sorted(value))
         how = chance.random()

@@ -1,4 +1,6 @@
-"""Every damaged checkpoint through every way to open one, in one Megatron rank: resume, model.megatron_checkpoint, a tool."""
+"""Every damaged checkpoint through every way to open one, in one Megatron rank: resume,
+model.megatron_checkpoint, a tool.
+"""
 
 from __future__ import annotations
 
@@ -109,6 +111,7 @@ def attack(rank: int, hf: Path, scratch: Path, seeds: list[int], places: list[st
         update = partial(policy.update, batch, adv_T, cfg.algo, objective=tiny.surrogate)
         update()
         root = scratch / "checkpoints"
+        root.mkdir()
         policy.save(begin_save(root, STEP) / damaged.POLICY)
         clean = commit_save(root, RunState(STEP, prompts().state_dict(), "d"), keep=1)
         before = [tensor.detach().clone() for _, _, tensor in policy.named_local()]

@@ -1,4 +1,5 @@
-"""No checkpoint runs code or ends in a traceback: a payload in every place that is unpickled, and damage from seeds.
+"""No checkpoint runs code or ends in a traceback: a payload in every place that is unpickled, and damage
+from seeds.
 
 The whole number of damaged checkpoints is run by hand: `python -m tests.mcore.damaged 250`.
 """
@@ -25,7 +26,10 @@ def attacked(hf_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[l
 
 @pytest.mark.parametrize("place", damaged.PLACES)
 def test_a_payload_is_refused_wherever_it_lies_and_never_runs(place: str, attacked: tuple[list[Outcome], list[str]]) -> None:
-    """files.json agrees with the files. A start and a tool leave alone what only a resume needs; a tool opens no objects."""
+    """files.json agrees with the files.
+
+    A start and a tool leave alone what only a resume needs; a tool opens no objects.
+    """
     ways = {one.way: one for one in attacked[0] if one.what == f"{place} {place}"}
     unopened = {"start": damaged.OF_A_RESUME, "verify": (*damaged.OF_A_RESUME, *(name for name in damaged.PLACES if "object" in name))}
     for way, one in ways.items():

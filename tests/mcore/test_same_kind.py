@@ -34,7 +34,8 @@ def changed(change: Callable[[Any], object]) -> dict[str, Any]:
         lambda state: state["optimizer"]["state"].update(shards=None, common_step=torch.tensor(4.0)),
         lambda state: state["optimizer"]["param_groups"].pop(),
         lambda state: state["optimizer"]["param_groups"][0].update(lr=1, foreach=True, x=3),
-        lambda state: state["optimizer"]["param_groups"][0].pop("step"),
+        lambda state: [state["optimizer"]["param_groups"][0].pop(name) for name in ("step", "foreach", "amsgrad")],
+        lambda state: state["optimizer"]["param_groups"][0].update(params=[]),
     ],
 )
 def test_the_state_of_another_step_or_layout_is_of_the_same_kind(change: Callable[[Any], object]) -> None:

@@ -112,6 +112,7 @@ def _load_save_one(models: dict[str, Path], converted: Path, sizes: dict[str, in
             policy.load_weights(converted / kind)
             got = [tensor for _, _, tensor in policy.named_local()]
             wrong += [f"{kind}: {name}" for (name, want), tensor in zip(wanted, got, strict=True) if not torch.equal(tensor, want)]
+            saved.mkdir(parents=True, exist_ok=True)
             policy.save(saved / kind)
     return wrong
 

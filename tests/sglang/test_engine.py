@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import time
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -211,6 +214,22 @@ def test_aborted_requests_come_back_as_aborted(engine: Engine) -> None:
         done += engine.poll(0.2)
     assert len(done) == 32
     assert "abort" in {completion.finish_reason for completion in done}
+
+
+def test_a_pause_of_this_process_and_the_engine_together_is_not_taken_for_silence(engine: Engine) -> None:
+    """As when the host is suspended: longer than the limit, and everybody goes on."""
+    server = next(report["pid"] for report in engine.info.reports if report["role"] == "server")
+    everyone = [os.getpid(), server, *(child.pid for child in psutil.Process(server).children(recursive=True))]
+    pids = " ".join(map(str, everyone))
+    request = Request("a", tiny.prompt_of(1), 1, Sampling(max_tokens=500))
+    subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -STOP {pids}; sleep 5; kill -CONT {pids}"], start_new_session=True)
+    start = time.monotonic()
+    for _ in range(1000):
+        (done,) = engine.generate([request], version=0, quiet_deadline_s=2.5)
+        assert len(done.tokens) > 0
+        if time.monotonic() - start > 5:
+            return
+    raise AssertionError("the process was not stopped")
 
 
 def test_every_process_reports_its_patches(engine: Engine) -> None:

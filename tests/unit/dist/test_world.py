@@ -135,6 +135,7 @@ def test_ranks_on_one_host_meet_on_the_loopback_interface_unless_torchruns_agent
     assert (world.master_addr, world.is_one_host, world.has_agent_store) == ("127.0.0.1", True, False)
     world = World.from_env(one_host | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
     assert (world.master_addr, world.is_one_host, world.has_agent_store) == ("10.0.0.1", True, True)
+    assert (world.attempt, World.from_env(one_host | {"TORCHELASTIC_RESTART_COUNT": "2"}).attempt) == (0, 2)
     unknown = {name: value for name, value in one_host.items() if name not in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")}
     world = World.from_env(unknown)
     assert (world.master_addr, world.is_one_host) == ("10.0.0.1", False)

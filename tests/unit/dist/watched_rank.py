@@ -19,6 +19,7 @@ from megatron_rpp import launch
 from megatron_rpp.dist import leaving, watch
 from megatron_rpp.dist.activity import doing
 from megatron_rpp.errors import EngineError
+from megatron_rpp.signals import unwind_once
 
 NOTES = Path(os.environ["NOTES"])
 LIBC = ctypes.CDLL(None)
@@ -71,6 +72,18 @@ def run() -> None:
             except EngineError as error:
                 leaving.tell(error)  # as `heartbeat.reported` does, before anything is closed
                 block()
+    elif behavior == "report_fails":
+        threading.Thread(target=block).start()
+        raise EngineError("the engine died")
+    elif behavior == "stopped_twice":
+        try:
+            with doing("sample"):
+                note("ready")
+                time.sleep(30.0)
+        finally:
+            note("closing")
+            time.sleep(0.7)  # as the end of an engine
+            note("closed")
     elif behavior == "tidy_up_hangs":
         with leaving.tidied(lambda: note("tidied")), leaving.tidied(block):
             leaving.leave(0)
@@ -97,7 +110,7 @@ def run() -> None:
         print("done")
 
 
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+unwind_once()
 if report is not None:
     leaving.report_to(report)
 else:

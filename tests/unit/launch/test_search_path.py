@@ -57,7 +57,10 @@ def test_python_is_started_only_without_the_working_directory() -> None:
 
 
 def test_an_entry_that_the_user_chose_keeps_its_place(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", ["first", str(hostile), "last"])
-    assert search_path.with_working_directory() == [str(hostile / "first"), str(hostile), str(hostile / "last")]
+    for name in ("first", "last"):
+        (hostile / name).mkdir()
+    hook = "__editable__.some_package-1.0.finder.__path_hook__"
+    monkeypatch.setattr(sys, "path", ["first", str(hostile), "last", hook])
+    assert search_path.with_working_directory() == [str(hostile / "first"), str(hostile), str(hostile / "last"), hook]
     monkeypatch.setattr(sys, "path", ["first"])
     assert search_path.with_working_directory() == [str(hostile / "first"), str(hostile)]

@@ -1,4 +1,6 @@
-"""The interpreter of pickles builds data, refuses every name that is not on its list, and takes no more memory than a file has."""
+"""The interpreter of pickles builds data, refuses every name that is not on its list, and takes no more
+memory than a file has.
+"""
 
 from __future__ import annotations
 
