@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activity:
-    """One thing that the main thread does. limit_s: how long it may take; None for work without a limit of its own.
+    """One activity of the main thread. limit_s: the longest that it may take; None for no limit.
 
     Units: started in seconds of the monotonic clock, limit_s in seconds.
     """

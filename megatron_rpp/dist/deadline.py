@@ -118,7 +118,7 @@ def deadline(
 
 
 def as_lost_peer(error: BaseException, rank: int) -> DeadlineError | None:
-    """What an error of a collective that has no named wait means: Megatron's own time out, or break when a peer leaves.
+    """Translate an error of a collective that has no named wait, such as Megatron's own: it timed out, or a peer left.
 
     Returns: None for an error of another kind.
     """

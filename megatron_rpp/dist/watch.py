@@ -7,7 +7,7 @@ A main thread that is stuck while this thread beats is found in three ways:
   - it is in a named wait: the wait's own limit has passed, and the call did not return at it (a store whose host is stopped);
   - the kernel holds it in one uninterruptible call (state D: a dead NFS server, a failing disk) for all of `run.deadline_s`;
   - anything else: its peers wait for it in a named wait of their own, whose error says what this rank is doing since when.
-Work without a limit of its own, such as loading 70B parameters, is bounded in no other way.
+Nothing else bounds work that has no limit of its own, such as loading 70B parameters.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rpp.dist.agreement import raise_together
+from megatron_rpp.dist.agreement import attempt, raise_together
 from megatron_rpp.dist.collectives import DEFAULT_DEADLINE_S, barrier, broadcast_object, gather_objects
 from megatron_rpp.dist.groups import Groups
-from megatron_rpp.errors import CheckpointError, RppError, StorageError
+from megatron_rpp.errors import CheckpointError, StorageError
 from megatron_rpp.files import describe_space, storage_error, writing
 from megatron_rpp.hf.model import HfModel
 from megatron_rpp.mcore.optimizer import Optimizer
@@ -154,11 +154,7 @@ def load(
 def together(call: Callable[[], Result], what: str, groups: Groups, deadline_s: float) -> Result:
     """The result of a call that every rank makes. What goes wrong on one rank is raised on all. Collective."""
     found: list[Result] = []
-    error: RppError | None = None
-    try:
-        found.append(call())
-    except RppError as raised:
-        error = raised
+    error = attempt(lambda: found.append(call()))
     raise_together(error, groups=groups, what=what, deadline_s=deadline_s)
     return found[0]
 
